@@ -113,7 +113,7 @@ def _opened(text: str) -> str:
     return " ".join(_OPEN.get(piece) or quoted(piece) for piece in pieces)
 
 
-class _Calls:
+class _CallRules:
     """The rules of the calls of one form."""
 
     def __init__(self, form: Form, tools: Tools, vocabulary: Vocabulary, rules: Rules) -> None:
@@ -168,7 +168,7 @@ def forced(form: Form, tools: Tools, vocabulary: Vocabulary, *, single: bool, ta
     """The grammar of an answer that is one call, or with not `single` up to `MAX_CALLS`. `tail`:
     the end of the prompt. Raises `Unsayable`."""
     rules = Rules()
-    calls = _Calls(form, tools, vocabulary, rules)
+    calls = _CallRules(form, tools, vocabulary, rules)
     opens, begins = form.opens, ""
     if opens.startswith(_CHANNEL):
         begins = _thought(vocabulary, tail)
@@ -203,12 +203,12 @@ def awaited(
     cannot say the schemas are not to be written. Raises `Unsayable`."""
     rules = Rules()
     held = {name: schema if name in strict else _ANY for name, schema in tools.items()}
-    known: dict[str, list[_Calls]] = {}
+    known: dict[str, list[_CallRules]] = {}
     for number, (mark, several) in enumerate(forms.items()):
         known[mark] = []
         for form in several:
             try:
-                known[mark].append(_Calls(form, held, vocabulary, rules))
+                known[mark].append(_CallRules(form, held, vocabulary, rules))
             except Unsayable:
                 if not number:
                     raise
@@ -220,7 +220,7 @@ def awaited(
 _ANY: Final[Mapping[str, Any]] = {"type": "object"}
 
 
-def _messages(calls: _Calls, vocabulary: Vocabulary, tail: str) -> str:
+def _messages(calls: _CallRules, vocabulary: Vocabulary, tail: str) -> str:
     """gpt-oss: messages, of which the last may be a call."""
     if not tail.endswith("<|start|>assistant"):
         raise Unsayable("its answer goes on with a message that has begun")
@@ -242,7 +242,7 @@ class _Free:
 
     def __init__(
         self,
-        known: Mapping[str, Sequence[_Calls]],
+        known: Mapping[str, Sequence[_CallRules]],
         vocabulary: Vocabulary,
         rules: Rules,
         tail: str,

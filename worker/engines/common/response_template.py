@@ -112,7 +112,7 @@ class TemplateFormat:
         template, reader = self._template, None
         if begun.tools and not begun.calls_known and self._with_calls is not None:
             template, reader = self._with_calls
-        calls = None if reader is None else _Calls(reader, begun.tools)
+        calls = None if reader is None else _CallReader(reader, begun.tools)
         splitter = _TemplateSplitter(template, prefix, self.special, calls)
         return AnswerParser(splitter, continues=splitter.said)
 
@@ -137,7 +137,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-class _Calls:
+class _CallReader:
     """Reads regions of calls as the template says, each when it is whole."""
 
     def __init__(self, reader: ResponseTemplateField, tools: Tools) -> None:
@@ -188,7 +188,7 @@ class _TemplateSplitter:
         template: Any,
         prefix: str,
         special: tuple[str, ...],
-        calls: _Calls | None = None,
+        calls: _CallReader | None = None,
     ) -> None:
         self._calls = calls
         #: Of the call in hand.

@@ -133,7 +133,7 @@ def _by_ids(
 
 
 @dataclass(slots=True)
-class _Call:
+class _Running:
     """A request at the server; `answer` is None for an embedding."""
 
     job: Job
@@ -162,8 +162,8 @@ class OpenAIEngine:
         self._dialect = found.dialect
         self._format = format_
         self._models = {name: model for model in found.models for name in model.names}
-        self._calls: dict[bytes, _Call] = {}
-        self._by_number: dict[int, _Call] = {}
+        self._running: dict[bytes, _Running] = {}
+        self._by_number: dict[int, _Running] = {}
         self._events: list[EngineEvent] = []
         self._tokens: list[tuple[float, int]] = []
         self._ttft_ms = 0.0
@@ -184,11 +184,11 @@ class OpenAIEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._calls or self._events or (self._exact and self._exact.busy))
+        return bool(self._running or self._events or (self._exact and self._exact.busy))
 
     def add(self, job: Job) -> None:
         """Send a job to the server."""
-        if job.request_id in self._calls:
+        if job.request_id in self._running:
             return
         if self._exact is not None and self._goes_by_ids(job):
             self._exact.add(job)
@@ -196,7 +196,7 @@ class OpenAIEngine:
         try:
             self._begin(job)
         except RequestError as error:
-            self._calls.pop(job.request_id, None)
+            self._running.pop(job.request_id, None)
             self._events.append(Failed(job.request_id, error.info))
 
     def _goes_by_ids(self, job: Job) -> bool:
@@ -234,14 +234,14 @@ class OpenAIEngine:
                 details={"parameter": "messages"},
             )
         if request.kind is Kind.EMBED:
-            self._send(_Call(job, None), "embeddings", _embeddings(job, model))
+            self._send(_Running(job, None), "embeddings", _embeddings(job, model))
             return
         answer = TextAnswer(job, self._format, server=self._server.where, manner=model.manner)
-        call = _Call(job, answer)
-        self._calls[job.request_id] = call
+        running = _Running(job, answer)
+        self._running[job.request_id] = running
         for event in answer.begin():
             self._say(event)
-        if job.request_id not in self._calls:
+        if job.request_id not in self._running:
             return  # it was complete
         path, body = body_of(
             job,
@@ -251,34 +251,34 @@ class OpenAIEngine:
             manner=model.manner,
             spent=answer.spent,
         )
-        call.room = Room(request, body, model.context_tokens, self._dialect.server)
-        self._send(call, path, body)
+        running.room = Room(request, body, model.context_tokens, self._dialect.server)
+        self._send(running, path, body)
 
-    def _send(self, call: _Call, path: str, body: dict[str, Any]) -> None:
-        self._calls[call.job.request_id] = call
-        if call.number:  # sent once already
-            self._by_number.pop(call.number, None)
-            self._server.close_call(call.number)
-        call.path, call.number = path, self._server.open(path, body)
-        self._by_number[call.number] = call
+    def _send(self, running: _Running, path: str, body: dict[str, Any]) -> None:
+        self._running[running.job.request_id] = running
+        if running.number:  # sent once already
+            self._by_number.pop(running.number, None)
+            self._server.close_call(running.number)
+        running.path, running.number = path, self._server.open(path, body)
+        self._by_number[running.number] = running
 
     def cancel(self, request_id: bytes) -> None:
-        call = self._calls.get(request_id)
-        if call is not None:
-            call.cancelled = True
+        running = self._running.get(request_id)
+        if running is not None:
+            running.cancelled = True
         elif self._exact is not None:
             self._exact.cancel(request_id)
 
     def step(self) -> list[EngineEvent]:
         self._check()
-        for call in [call for call in self._calls.values() if call.cancelled]:
-            self._leave(call)
-            usage = call.answer.usage() if call.answer is not None else Usage()
-            self._say(Ended(call.job.request_id, FinishReason.CANCELLED, usage=usage))
+        for running in [running for running in self._running.values() if running.cancelled]:
+            self._leave(running)
+            usage = running.answer.usage() if running.answer is not None else Usage()
+            self._say(Ended(running.job.request_id, FinishReason.CANCELLED, usage=usage))
         for came in self._server.receive(0.0 if self._events else WAIT_S):
-            call_of = self._by_number.get(came.call)
-            if call_of is not None:
-                self._heard(call_of, came)
+            owner = self._by_number.get(came.call)
+            if owner is not None:
+                self._heard(owner, came)
             elif self._exact is not None:
                 self._exact.hear(came)
         if self._exact is not None and self._exact.busy:
@@ -290,65 +290,65 @@ class OpenAIEngine:
         if self._server.lost:
             raise EngineGone(self._server.lost)
 
-    def _heard(self, call: _Call, came: Chunk | Done | Fault) -> None:
+    def _heard(self, running: _Running, came: Chunk | Done | Fault) -> None:
         try:
-            events = self._events_of(call, came)
+            events = self._events_of(running, came)
         except RequestError as error:
-            events = self._failed(call, error.info)
+            events = self._failed(running, error.info)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             message = (
                 f"the server at {self._server.where} sent what is not of OpenAI's API "
                 f"({type(error).__name__}: {error})"
             )
             info = ErrorInfo(code=ErrorCode.ENGINE_ERROR.value, message=message)
-            events = self._failed(call, info)
+            events = self._failed(running, info)
         for event in events:
             self._say(event)
 
-    def _events_of(self, call: _Call, came: Chunk | Done | Fault) -> list[EngineEvent]:
-        answer, room = call.answer, call.room
+    def _events_of(self, running: _Running, came: Chunk | Done | Fault) -> list[EngineEvent]:
+        answer, room = running.answer, running.room
         if isinstance(came, Fault):
             again = room.refused(came.error) if room is not None else None
             if again is None:
-                return self._failed(call, came.error)
-            self._send(call, call.path, again)
+                return self._failed(running, came.error)
+            self._send(running, running.path, again)
             return []
         if room is not None and room.counting:
             if isinstance(came, Done):
-                return self._failed(call, room.uncounted())
+                return self._failed(running, room.uncounted())
             again = room.counted(came.data)
             if again is not None:
-                self._send(call, call.path, again)
+                self._send(running, running.path, again)
             return []
         if isinstance(came, Chunk):
-            call.room = None
+            running.room = None
             if answer is None:
-                return [_embedded(call.job, came.data)]
+                return [_embedded(running.job, came.data)]
             events = answer.take(came.data)
             return [*events, *answer.end()] if answer.over else events
         return answer.end() if answer is not None else []
 
-    def _failed(self, call: _Call, error: ErrorInfo) -> list[EngineEvent]:
-        if call.answer is not None:
-            return call.answer.failed(error)
-        return [Failed(call.job.request_id, error)]
+    def _failed(self, running: _Running, error: ErrorInfo) -> list[EngineEvent]:
+        if running.answer is not None:
+            return running.answer.failed(error)
+        return [Failed(running.job.request_id, error)]
 
     def _say(self, event: EngineEvent) -> None:
-        call = self._calls.get(event.request_id)
+        running = self._running.get(event.request_id)
         if isinstance(event, Tokens):
             self._tokens.append((time.monotonic(), len(event.token_ids)))
-        elif isinstance(event, Ended | Failed) and call is not None:
+        elif isinstance(event, Ended | Failed) and running is not None:
             if isinstance(event, Ended) and event.timings.prefill_ms:
                 self._ttft_ms = 0.8 * self._ttft_ms + 0.2 * event.timings.prefill_ms
-            self._leave(call)
+            self._leave(running)
         self._events.append(event)
 
-    def _leave(self, call: _Call) -> None:
+    def _leave(self, running: _Running) -> None:
         """Nothing more is wanted of it; its connection is closed, if it is open."""
-        self._calls.pop(call.job.request_id, None)
-        if call.number:
-            self._by_number.pop(call.number, None)
-            self._server.close_call(call.number)
+        self._running.pop(running.job.request_id, None)
+        if running.number:
+            self._by_number.pop(running.number, None)
+            self._server.close_call(running.number)
 
     def metrics(self) -> dict[str, float]:
         self._check()
@@ -356,9 +356,9 @@ class OpenAIEngine:
         self._tokens = [entry for entry in self._tokens if entry[0] > now_s - 10.0]
         span_s = max(now_s - self._tokens[0][0], 1e-3) if self._tokens else 10.0
         figures = {
-            "running": float(len(self._calls)),
+            "running": float(len(self._running)),
             "waiting": 0.0,
-            "batch": float(len(self._calls)),
+            "batch": float(len(self._running)),
             "tokens_per_s": sum(count for _, count in self._tokens) / span_s,
             "ttft_ms": self._ttft_ms,
         }
@@ -373,7 +373,7 @@ class OpenAIEngine:
         if self._exact is not None:
             self._exact.close()
         self._server.close()
-        self._calls.clear()
+        self._running.clear()
 
 
 # --- embeddings -----------------------------------------------------------------------------------
