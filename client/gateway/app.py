@@ -66,6 +66,7 @@ from client.gateway.openai.responses import (
     input_items,
 )
 from client.gateway.openai.responses_compact import compact_response
+from client.gateway.openai.responses_folder import ResponseFolder
 from client.gateway.openai.responses_socket import responses_sockets
 from client.gateway.openai.stored_chats import (
     delete_chat,
@@ -100,6 +101,10 @@ def create_app(config: Config) -> Starlette:
         Accounts(config.usage).shut()  # what is wrong with it is told before anything is served
     if config.batch_folder is not None:
         Folder(config.batch_folder).shut()
+    responses = None
+    if config.response_folder is not None:
+        responses = ResponseFolder(config.response_folder)
+        responses.open()
     signer = _signer(config)
 
     @contextlib.asynccontextmanager
@@ -112,6 +117,7 @@ def create_app(config: Config) -> Starlette:
             gateway = Gateway(
                 *(config, bus, keys, store, peers, signer),
                 accounts=accounts,
+                responses=responses,
                 metrics=Metrics(make_meter("tokenbus-gateway")),
                 tracer=tracer,
             )
@@ -126,6 +132,8 @@ def create_app(config: Config) -> Starlette:
             ]
             if accounts is not None:
                 watching.append(asyncio.create_task(accounts.write_loop()))
+            if responses is not None:
+                watching.append(asyncio.create_task(responses.tidy_loop()))
             if config.batch_folder is not None:
                 gateway.batches = Batches(Folder(config.batch_folder))
                 watching.append(asyncio.create_task(_run_batches(gateway, gateway.batches)))

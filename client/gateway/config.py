@@ -179,6 +179,12 @@ class Config:
     batch_folder: Path | None = _option(
         Path, None, "folder of batches and their files; serves /v1/batches and /v1/files", "FOLDER"
     )
+    response_folder: Path | None = _option(
+        Path,
+        None,
+        "folder of stored responses; gateways that share it go on with each other's",
+        "FOLDER",
+    )
     batch_concurrency: int = _option(
         _at_least_one, 256, "lines of batches at once; fewer where workers run fewer", "N"
     )

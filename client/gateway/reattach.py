@@ -10,7 +10,8 @@ that every reader of an answer has read are forgotten; the oldest of the answers
 ended. An answer in its grace period never ends another: it waits, and so (through the bus's window)
 does its worker. The same holds for one whose reader is slow.
 
-The store is in this gateway's memory only; other gateways ask for what it keeps (`peers`).
+The store is in this gateway's memory only; other gateways ask for what it keeps (`peers`), and
+responses may be in a folder beside it (`openai/responses_folder.py`).
 Independently of that, the same request sent again with `Last-Event-ID` is continued at any gateway,
 because an answer is determined by its seed (see `openai/position.py`).
 """

@@ -18,6 +18,7 @@ from client.gateway.config import Config
 from client.gateway.errors import GatewayError
 from client.gateway.keys import KeyFile
 from client.gateway.metrics import Metrics
+from client.gateway.openai.responses_folder import ResponseFolder
 from client.gateway.operator_view import Overview
 from client.gateway.peers import Peers
 from client.gateway.reattach import Store
@@ -42,6 +43,8 @@ class Gateway:
     signer: Signer = field(default_factory=Signer)
     #: Tokens by key; None if they are not counted.
     accounts: Accounts | None = None
+    #: Responses that other gateways may read; None if there is no folder for them.
+    responses: ResponseFolder | None = None
     #: Files and batches; None if there is no folder for them.
     batches: Batches | None = None
     metrics: Metrics = field(default_factory=Metrics)

@@ -46,10 +46,8 @@ def story(events: Told) -> list[Any]:
     for _, event in events:
         event = {name: value for name, value in event.items() if name != "sequence_number"}
         if "response" in event:
-            response = {**event["response"], "completed_at": None}
-            usage = response["usage"] or {}
-            usage.pop("input_tokens_details", None)
-            event["response"] = response
+            usage = {**(event["response"]["usage"] or {}), "input_tokens_details": None}
+            event["response"] = {**event["response"], "completed_at": None, "usage": usage}
         last = said[-1] if said else {"type": ""}
         if event["type"] == last["type"] and event["type"].endswith(".delta"):
             last["delta"] += event["delta"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Final, cast
 
@@ -27,7 +27,7 @@ from client.gateway.bodies import aside
 from client.gateway.context import RequestContext
 from client.gateway.convert import Generation, chat_call
 from client.gateway.errors import GatewayError, UnknownAnswer, invalid
-from client.gateway.openai.answers import pick_seed, with_thoughts
+from client.gateway.openai.answers import pick_seed
 from client.gateway.openai.conversations import begin_turn, earlier_in, items_of
 from client.gateway.openai.items import kept_items
 from client.gateway.openai.pages import INCLUDE, Page, check_query, page_of
@@ -39,6 +39,7 @@ from client.gateway.openai.responses_body import (
     with_references,
 )
 from client.gateway.openai.responses_output import OutputItem, ResponseBuilder
+from client.gateway.openai.responses_shared import call_of, forget, keep_end, recall, share
 from client.gateway.openai.shapes import dumped
 from client.gateway.peers import is_asked
 from client.gateway.reattach import Kept, Store
@@ -103,10 +104,7 @@ async def create_response(context: RequestContext) -> Response:
     if turn is not None:
         assert body.input is not None
         await turn.take(context.size_bytes, body.input)
-    call = with_thoughts(call)
-    if body.truncation == "auto":
-        params = msgspec.structs.replace(call.request.params, overflow="truncate_left")
-        call = replace(call, request=msgspec.structs.replace(call.request, params=params))
+    call = call_of(body, call)
     context.check(body.model, call.request.priority)
     position = resumed or Position.first(_PREFIX, call.request.params.seed, int(time.time()))
     builder = ResponseBuilder(context, body, chat, call, position)
@@ -124,6 +122,8 @@ async def create_response(context: RequestContext) -> Response:
     owner = local.owner if local is not None and is_local else context.key.name
     kept = Kept(builder.id, owner, "response", builder, call.size_bytes)
     builder.grew = kept.grew
+    if body.store is not False:
+        source = await share(context, builder, source)
     if body.background:
         transcript = store.run(
             kept,
@@ -153,6 +153,7 @@ async def create_response(context: RequestContext) -> Response:
 async def _read_on(context: RequestContext, position: Position) -> Response | None:
     """The rest of a response in the background, from where it runs or is kept; None if that is
     nowhere. Raises UnknownAnswer to a gateway that asks, which then generates it again itself."""
+    await recall(context, position.answer)
     try:
         kept = context.gateway.store.find(position.answer, context.key.name, "response")
     except UnknownAnswer:
@@ -177,6 +178,8 @@ async def input_of(
         items.find()  # the store is the loop's
     body = await context.aside(with_references, body, items)
     _check_alone(body)
+    if body.previous_response_id is not None:
+        await recall(context, body.previous_response_id)
     earlier, earlier_bytes = _said_before(context, body.previous_response_id)
     if body.conversation is not None:
         earlier, earlier_bytes = await earlier_in(context, body)
@@ -301,7 +304,7 @@ class _Items:
 
 async def get_response(context: RequestContext) -> Response:
     """The response as it is now, or its events behind a number."""
-    kept = _find(context)
+    kept = await _find(context)
     query = context.request.query_params
     # Log-probabilities are in the answer already, where they were asked for.
     check_query(context, "stream", "starting_after", *INCLUDE, "include_obfuscation")
@@ -342,14 +345,15 @@ def _place(context: RequestContext, kept: Kept) -> int:
 
 async def delete_response(context: RequestContext) -> Response:
     """Forget a response; one that runs is cancelled."""
-    kept = _find(context)
+    kept = await _find(context)
     context.gateway.store.drop(kept)
+    await forget(context, kept.value)
     return JSONResponse({"id": kept.id, "object": "response", "deleted": True})
 
 
 async def cancel_response(context: RequestContext) -> Response:
     """Stop a response that runs in the background, at the worker too."""
-    kept = _find(context)
+    kept = await _find(context)
     if kept.transcript is None:
         # OpenAI's words, and what they mean.
         raise invalid(
@@ -358,12 +362,13 @@ async def cancel_response(context: RequestContext) -> Response:
         )
     kept.transcript.cancel()
     await kept.transcript.finished()
+    await keep_end(context, kept.value)
     return _json(kept.value.snapshot())
 
 
 async def input_items(context: RequestContext) -> Response:
     """A page of what the response was asked with; the latest item first, as OpenAI has it."""
-    kept = _find(context)
+    kept = await _find(context)
     page = Page.asked(context, *INCLUDE)
     builder: ResponseBuilder = kept.value
     if builder.input_items is None:
@@ -375,10 +380,11 @@ async def input_items(context: RequestContext) -> Response:
     return Response(data, media_type="application/json")
 
 
-def _find(context: RequestContext) -> Kept:
-    return context.gateway.store.find(
-        context.request.path_params["id"], context.key.name, "response"
-    )
+async def _find(context: RequestContext) -> Kept:
+    """Raises UnknownAnswer."""
+    id_ = context.request.path_params["id"]
+    await recall(context, id_)
+    return context.gateway.store.find(id_, context.key.name, "response")
 
 
 def _json(response: BaseModel) -> Response:

@@ -26,6 +26,7 @@ from openai.types.responses.response_usage import (
     OutputTokensDetails,
     ResponseUsage,
 )
+from pydantic import TypeAdapter
 
 from broker.protocol import tool_parser as tools
 from broker.protocol.messages import TokenLogprob, Usage
@@ -68,6 +69,8 @@ class _Response(shapes.Response):
     completed_at: int | None = None
 
 
+_OUTPUT: Final = TypeAdapter(list[OutputItem])
+
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
@@ -79,15 +82,16 @@ class ResponseBuilder:
         context: RequestContext,
         body: ResponseRequest,
         chat: http.ChatRequest,
-        call: Generation,
+        call: Generation | None,
         position: Position,
     ) -> None:
-        """`position`: how much of it the reader has, of a response that is made again."""
+        """`call`: None of one that is over, see `restore`. `position`: how much of it the reader
+        has, of a response that is made again."""
         self.id = position.answer
         self.body = body
         self._context = context
-        self._chat = chat
-        self.progress = Progress(parser_for(call))
+        self.chat = chat
+        self.progress = Progress(None if call is None else parser_for(call))
         #: Wall clock, whole seconds.
         self._created_s = position.created_s
         self._completed_s: int | None = None
@@ -106,6 +110,10 @@ class ResponseBuilder:
         self.output: list[OutputItem] = []
         #: What it was asked, as items that can be listed; None until somebody wants them.
         self.input_items: list[dict[str, Any]] | None = None
+        #: As it ended, of one that another gateway made.
+        self._final: shapes.Response | None = None
+        #: Other gateways may read and delete it, see `responses_folder`.
+        self.in_folder = False
         #: Told of what the answer takes, as it grows; bytes.
         self.grew: Callable[[int], None] = lambda size_bytes: None
         self._open = False  # the last output item is not complete
@@ -128,11 +136,19 @@ class ResponseBuilder:
 
         As OpenAI has it, `instructions` are of their own response alone.
         """
-        said = [*self._chat.messages[1:]] if self.body.instructions else [*self._chat.messages]
+        said = [*self.chat.messages[1:]] if self.body.instructions else [*self.chat.messages]
         return said + turns_of([msgspec.json.decode(dumped(item)) for item in self.output])
+
+    def restore(self, final: dict[str, Any]) -> None:
+        """It ended like this, at another gateway."""
+        self._final = _Response.model_validate(final)
+        self.output = _OUTPUT.validate_python(final["output"])
+        self._status = final["status"]
 
     def snapshot(self) -> shapes.Response:
         """The response as far as it is known."""
+        if self._final is not None:
+            return self._final
         body = self.body
         response = _Response.model_construct(
             id=self.id,
@@ -217,7 +233,7 @@ class ResponseBuilder:
     def _take(self, event: ChoiceEvent) -> list[bytes]:
         if isinstance(event, Delta):
             self._context.saw_token()
-            if self._chat.logprobs:
+            if self.chat.logprobs:
                 self._text_tokens.add(event.logprobs or ())
         parts = self.progress.take(event)
         out: list[bytes] = []
