@@ -78,9 +78,9 @@ async def _recorded(
                     ended = await _keep(folder, record, builder)
                 yield events
     except Exception as error:
-        if journal is not None:
+        if journal is not None:  # else its caller is told, and nobody asks for it again
             journal.add(builder.failed(describe(error)))
-        await _keep(folder, record, builder)
+            await _keep(folder, record, builder)
         raise
     finally:
         if journal is not None:
