@@ -7,7 +7,7 @@ comes when nothing is asked of those that give way, or when its oldest request h
 `swap_factor` loads, and no sooner than that after they were loaded: so swaps take at most
 1/(1 + swap_factor) of a worker's time, and a model waits at most for the turns of the others. A
 deadline shortens a turn to the length of one load. What still runs when a turn has been over for
-that long moves away and goes on in its model's next turn. The other models of the worker go on.
+that long, and has made a token, moves away and goes on in its model's next turn. The other models of the worker go on.
 
 Functions on the core's state, called by `dispatch`, `controller` and `queries`.
 """
@@ -36,6 +36,8 @@ GIVE_UP_S: Final = 900.0
 IDLE_LOADS: Final = 0.25
 """A model gives way at once when nothing was asked of it for this share of a load: clients that are
 answered together ask again a moment later."""
+BEGIN_TURNS: Final = 10
+"""A stream without a token stays for so many turns; a worker may not tell when it has one."""
 PROGRESS_STEP: Final = 0.1
 """Those who wait are told of a load's progress in steps of this."""
 
@@ -239,7 +241,9 @@ def _carry_out(bus: BusState, worker: WorkerSession, swap: Swap) -> None:
         return
     if running:
         if waited_s >= swap.patience_s:
-            _move_away(bus, worker, swap, running)
+            # Streams whose first token takes longer than a turn would move for ever.
+            all_ = waited_s >= BEGIN_TURNS * swap.patience_s
+            _move_away(bus, worker, swap, [r for r in running if all_ or r.started_s is not None])
     elif not worker.moving and bus.now_s - swap.asked_s >= ASK_AGAIN_S:
         swap.asked_s = bus.now_s
         beat = Heartbeat(

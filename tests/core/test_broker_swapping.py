@@ -157,7 +157,8 @@ def test_a_stream_that_outlasts_its_turn_moves_and_goes_on_in_the_next() -> None
     long = client.request("a")
     shelf.load("a")
     (running,) = shelf.assigned()
-    shelf.worker.tokens(running, count=3)
+    shelf.worker.first_token(running)
+    shelf.worker.tokens(running, offset=1, count=2)
     other = client.request("b")
     client.receive()
     bus.wait(2 * TURN_S + 1.0)
@@ -177,6 +178,21 @@ def test_a_stream_that_outlasts_its_turn_moves_and_goes_on_in_the_next() -> None
     assert shelf.asked() == ["a"]
     shelf.load("a")
     assert [m.id for m in shelf.assigned()] == [long]
+
+
+def test_a_stream_without_a_token_stays_until_it_has_one() -> None:
+    """Models whose first token takes longer than a turn would take turns for ever."""
+    bus, shelf, client = quiet()
+    slow = client.request("a")
+    shelf.load("a")
+    (running,) = shelf.assigned()
+    client.request("b")
+    client.receive()
+    bus.wait(2 * TURN_S + 1.0)
+    assert MessageType.INTERRUPTED not in [m.type for m in client.receive()]
+    shelf.worker.first_token(running)
+    bus.wait(0.2)
+    assert [m.id for m in client.receive() if m.type is MessageType.INTERRUPTED] == [slow]
 
 
 def test_those_who_wait_are_told_how_far_it_is() -> None:
