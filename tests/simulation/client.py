@@ -230,6 +230,7 @@ class SimClient(Party):
         if call.token_ids:
             raise Violation(f"{name} is not to go on, although it was begun")
         call.asked_again += 1
+        call.queued_s = math.inf  # until then it does not wait in the queue
         self.world.note(self.name, f"{name} asks again in {after_s:.3f} s")
         del self.calls[call.request_id]
         call.request_id = b"\x01" + self.world.rng.randbytes(15)
