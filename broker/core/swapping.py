@@ -7,7 +7,8 @@ comes when nothing is asked of those that give way, or when its oldest request h
 `swap_factor` loads, and no sooner than that after they were loaded: so swaps take at most
 1/(1 + swap_factor) of a worker's time, and a model waits at most for the turns of the others. A
 deadline shortens a turn to the length of one load. What still runs when a turn has been over for
-that long, and has made a token, moves away and goes on in its model's next turn. The other models of the worker go on.
+that long, and has made a token, moves away and goes on in its model's next turn. The other models
+of the worker go on.
 
 Functions on the core's state, called by `dispatch`, `controller` and `queries`.
 """
