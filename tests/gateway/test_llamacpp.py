@@ -52,7 +52,7 @@ def test_a_prompt_is_continued(http: httpx.Client) -> None:
 
 def test_a_stream_is_the_same_text_and_ends_with_the_figures(http: httpx.Client) -> None:
     *chunks, last = chunks_of(http, prompt=TEXT)
-    assert "".join(chunk["content"] for chunk in chunks) == TEXT and len(chunks) > 2
+    assert "".join(chunk["content"] for chunk in chunks) == TEXT
     assert [id_ for chunk in chunks for id_ in chunk["tokens"]] == tokenize(TEXT)
     assert not any(chunk["stop"] for chunk in chunks) and last["stop"] is True
     assert last["content"] == "" and last["tokens"] == []
