@@ -33,7 +33,7 @@ SHORTEST_S = 0.1
 
 PARTS = ("products", "attention", "pointwise", "copies", "other", "python")
 """What a step consists of. `pointwise`: norms, rotary embedding, activation, sums; `python`: all
-that is outside of operators, the dispatch between them included."""
+that is outside of torch's operators: compiled layers' own code, and the dispatch between all."""
 
 _KINDS = {
     "products": ("mm", "addmm", "linear", "_linear_pointwise", "mkldnn_linear", "_mkl_linear"),
