@@ -78,6 +78,7 @@ from client.gateway.operator_view import drain, live, overview, session
 from client.gateway.page import page_routes
 from client.gateway.peers import Peers, anywhere
 from client.gateway.reattach import Store
+from client.gateway.sagemaker import sagemaker_routes
 from client.gateway.scoring.routes import scoring_routes
 from client.gateway.state import Gateway
 from client.gateway.systemone.routes import system_one
@@ -229,7 +230,7 @@ def _routes(config: Config) -> list[BaseRoute]:
         route("/bus/drain", drain, "POST"),
     ]
     routes += [*token_routes(), *scoring_routes(), *llamacpp_routes()]
-    routes += [*ollama_routes(), *batch_routes()]
+    routes += [*ollama_routes(), *batch_routes(), *sagemaker_routes()]
     if not config.no_legacy:
         routes += [*legacy_routes(), *legacy_api_routes()]
     if not config.no_page:
