@@ -102,9 +102,7 @@ class RequestContext:
     span: HttpSpan | None = None
     #: The body as read, kept while it may have to be sent to a peer.
     raw_body: bytes = b""
-    #: The body, where a handler before the one that reads it has it already.
-    given_body: bytes | None = None
-    #: Size of the body.
+    given_body: bytes | None = None  # received already, for the handler that reads it
     size_bytes: int = 0
     #: Reserved from the memory for bodies.
     held_bytes: int = 0
@@ -423,8 +421,7 @@ class RequestContext:
     async def read(self, kind: type[T]) -> T:
         """The JSON body as a `kind`, its model by the name that it is served under. Raises
         GatewayError naming the faulty field. A large body is read in another thread."""
-        data = await self.body() if self.given_body is None else self.given_body
-        return await self.decoded(kind, data)
+        return await self.decoded(kind, self.given_body or await self.body())
 
     async def decoded(self, kind: type[T], data: bytes) -> T:
         """Like `read`, for a body already received."""
