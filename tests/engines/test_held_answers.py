@@ -7,7 +7,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from broker.protocol.errors import ErrorInfo
 from broker.protocol.messages import Kind, Message, Params, Piece, Request, Resume, new_id
@@ -16,6 +19,7 @@ from client.core.tools import tool_from
 from tests.engines import tiny
 from tests.engines.test_call_families import read
 from tests.engines.test_held_calls import _CALLING, SHOWN, tokenizer
+from tests.engines.tiny_tokenizers import byte_level
 from worker.engines.base import Ended, Failed, Job, Tokens
 from worker.engines.common.answer_parser import merged
 
@@ -126,6 +130,53 @@ def test_a_forced_answer_is_calls_that_fit_and_goes_on_after_every_interruption(
                 assert merged([*begun, *rest]) == merged(whole), at
         # A list of calls in JSON seldom ends so soon.
         assert ended or model == "unknown"
+    finally:
+        engine.close()
+
+
+def gpt_oss() -> Any:
+    """A model of channels, in which `<|end|>` ends a message and no answer."""
+    plain = byte_level()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=type(plain.backend_tokenizer).from_str(plain.backend_tokenizer.to_str()),
+        eos_token="<|call|>",
+    )
+    marks = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|call|>")
+    tokens = [AddedToken(text, special=True) for text in marks]
+    made.add_special_tokens({"additional_special_tokens": tokens})
+    made.chat_template = (
+        "{%- for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}<|start|>assistant{%- endif %}"
+    )
+    return tiny.serve(tiny.llama(vocabulary=len(made)), own_tokenizer=made, name="m")
+
+
+def test_a_forced_call_of_channels_follows_a_thought_that_its_budget_ends() -> None:
+    engine = gpt_oss()
+    thinking = 0
+    try:
+        for seed in range(6):
+            request = asked(seed)
+            params = msgspec.structs.replace(request.params, thinking_tokens=5)
+            request = msgspec.structs.replace(request, params=params, parallel_tool_calls=False)
+            whole, ids, error = told(engine, request)
+            assert error is None
+            thinking += whole[0].kind == "reasoning"
+            pieces = [piece for piece in whole if piece.kind != "reasoning"]
+            text, calls = read(merged(pieces))
+            assert not text and len(calls) == 1
+            if len(ids) < LONGEST:
+                schema = SCHEMA if calls[0][0] == "get" else {"maxProperties": 0}
+                jsonschema_rs.validate(schema, json.loads(calls[0][1]))
+            for at in (2, len(ids) // 2):
+                begun, prior, _ = told(engine, request, at)
+                characters = sum(len(piece.text) for piece in begun)
+                resume = Resume(epoch=1, token_ids=prior, text_characters=characters)
+                rest, more, error = told(engine, msgspec.structs.replace(request, resume=resume))
+                assert error is None and prior + more == ids
+                assert merged([*begun, *rest]) == merged(whole), at
+        assert thinking > 0
     finally:
         engine.close()
 

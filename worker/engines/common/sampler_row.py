@@ -154,7 +154,11 @@ class SamplerRow:
         forced = self.params.forced_token_ids
         if self._position < len(forced):
             return forced[self._position]
-        return None if self.gate is None else self.gate.forced
+        due = None if self.gate is None else self.gate.forced
+        # A grammar that has thoughts too has whole characters: the mark can only follow one.
+        if due is not None and self.constraint is not None and not self.constraint.allows([due]):
+            return None
+        return due
 
     @property
     def finished(self) -> bool:
