@@ -254,7 +254,8 @@ def httpx_post(gateway: GatewayProcess, body: dict[str, Any]) -> str:
 
 
 def anonymous(said: list[Any]) -> Any:
-    """The same with ids numbered by first appearance, and without the time of creation."""
+    """The same with ids numbered by first appearance, and without the time of creation. What else
+    runs in the batch changes the last digits of a log-probability."""
     known: dict[str, str] = {}
 
     def plain(value: Any) -> Any:
@@ -262,6 +263,8 @@ def anonymous(said: list[Any]) -> Any:
             return {name: plain(inner) for name, inner in value.items() if name != "created_at"}
         if isinstance(value, list):
             return [plain(inner) for inner in value]
+        if isinstance(value, float):
+            return round(value, 2)
         if isinstance(value, str) and value.startswith(("resp_", "msg_", "rs_", "fc_", "call_")):
             return known.setdefault(value, f"id {len(known)}")
         return value
