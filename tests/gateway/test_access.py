@@ -433,7 +433,7 @@ def test_the_buss_own_ids_lead_from_an_answer_to_the_brokers_log(
 def test_a_404_has_the_same_shape_as_other_errors(http: httpx.Client) -> None:
     assert http.get("/v1/nothing").status_code == 404
     assert http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
-    assert http.get("/v1/chat/completions").status_code == 405
+    assert http.put("/v1/chat/completions").status_code == 405
     text = http.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
     assert text.status_code == 400
     broken = http.post(

@@ -99,7 +99,7 @@ def chat(position: Position, batches: list[list[ChoiceEvent]], **fields: Any) ->
     messages = [ChatMessage(role="user", content="x")]
     body = ChatRequest(model="m", messages=messages, **fields)
     choices = [ChatChoice(ToolCallParser(["f"])) for _ in range(body.n or 1)]
-    return streamed(openai_chat._Answer(VISIT, body, choices, position), batches)
+    return streamed(openai_chat.Answer(VISIT, body, choices, position, seed=1), batches)
 
 
 def completion(position: Position, batches: list[list[ChoiceEvent]], **fields: Any) -> list[bytes]:

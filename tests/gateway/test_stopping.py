@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2 as httpx
 import openai
 import pytest
 
@@ -47,6 +49,16 @@ def _listens(gateway: GatewayProcess) -> bool:
         return probe.connect_ex(("127.0.0.1", urlsplit(gateway.url).port)) == 0
 
 
+def _read(http: httpx.Client, chat: dict[str, Any], begun: threading.Event) -> str:
+    """A whole stream; `begun`: its first event has come."""
+    text = ""
+    with http.stream("POST", "/v1/chat/completions", json=chat) as answer:
+        for part in answer.iter_text():
+            text += part
+            begun.set()
+    return text
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_answers_of_every_kind_end_with_an_error_and_their_requests_are_cancelled(
     make_gateway: Callable[..., GatewayProcess], signals: int
@@ -57,7 +69,6 @@ def test_answers_of_every_kind_end_with_an_error_and_their_requests_are_cancelle
     legacy = {"model": "echo", "prompt": SLOW, "max_new_tokens": 5000}
     asked: list[tuple[str, dict[str, Any]]] = [
         ("/v1/chat/completions", chat),
-        ("/v1/chat/completions", {**chat, "stream": True}),
         ("/v1/responses", {"model": "echo", "input": SLOW}),
         ("/v1/completions", {"model": "echo", "prompt": SLOW, "max_tokens": 5000}),
         ("/worker_generate_stream", legacy),
@@ -65,17 +76,21 @@ def test_answers_of_every_kind_end_with_an_error_and_their_requests_are_cancelle
     ]
     with ThreadPoolExecutor() as threads, gateway.http() as http:
         answers = [threads.submit(http.post, path, json=body) for path, body in asked]
-        wait_until(lambda: gateway.bus.running() == len(asked), "running requests")
+        begun = threading.Event()
+        events = threads.submit(_read, http, {**chat, "stream": True}, begun)
+        wait_until(lambda: gateway.bus.running() == len(asked) + 1, "running requests")
+        assert begun.wait(PATIENCE_S)
         gateway.process.signal(signal.SIGTERM)
         if signals == 2:
             wait_until(lambda: not _listens(gateway), "a closed port")  # two at once are one
             gateway.process.signal(signal.SIGTERM)
-        whole, stream, response, completion, frames, frame = (one.result() for one in answers)
+        whole, response, completion, frames, frame = (one.result() for one in answers)
+        stream = events.result()
     for answer in (whole, response, completion):
         assert answer.status_code == 503, answer.text
         assert answer.json()["error"]["code"] == "draining"
         assert answer.headers["x-should-retry"] == "true"
-    *_, error, done = stream.text.split("\n\n")[:-1]
+    *_, error, done = stream.split("\n\n")[:-1]
     assert json.loads(error.partition("data: ")[2])["error"]["code"] == "draining"
     assert done == "data: [DONE]"
     for answer in (frames, frame):
