@@ -50,12 +50,12 @@ ON CONFLICT (key, day, model) DO UPDATE SET requests = requests + excluded.reque
 """
 _ROWS: Final = """
 SELECT key, day, model, requests, prompt_tokens, completion_tokens FROM usage
-WHERE (?1 IS NULL OR key = ?1) AND day >= ?2 ORDER BY day DESC, key, model
+WHERE (:key IS NULL OR key = :key) AND day >= :since ORDER BY day DESC, key, model
 """
 _SUMS: Final = """
-SELECT COALESCE(SUM(CASE WHEN day = ?2 THEN prompt_tokens + completion_tokens END), 0),
+SELECT COALESCE(SUM(CASE WHEN day = :day THEN prompt_tokens + completion_tokens END), 0),
     COALESCE(SUM(prompt_tokens + completion_tokens), 0)
-FROM usage WHERE key = ?1 AND day >= ?3 AND day <= ?2
+FROM usage WHERE key = :key AND day >= :month AND day <= :day
 """
 
 
@@ -170,7 +170,7 @@ class Accounts:
         async with self._lock:
             month = day.replace(day=1).isoformat()
             of_day, of_month = await asyncio.to_thread(
-                self._one, _SUMS, (key, day.isoformat(), month)
+                self._one, _SUMS, {"key": key, "day": day.isoformat(), "month": month}
             )
             # What is not written yet; a write waits for the lock.
             for (name, of, _), (_, prompt, completion) in self._pending.items():
@@ -180,7 +180,7 @@ class Accounts:
             known = self._known[key] = _Known(self._clock(), day, of_day, of_month)
             return known
 
-    def _one(self, query: str, values: tuple[Any, ...]) -> Any:
+    def _one(self, query: str, values: dict[str, str]) -> Any:
         return self._file.execute(query, values).fetchone()
 
     async def rows(self, key: str | None, since: datetime.date) -> list[dict[str, Any]]:
@@ -188,7 +188,9 @@ class Accounts:
         await self.write()
         async with self._lock:
             found = await asyncio.to_thread(
-                lambda: self._file.execute(_ROWS, (key, since.isoformat())).fetchall()
+                lambda: self._file.execute(
+                    _ROWS, {"key": key, "since": since.isoformat()}
+                ).fetchall()
             )
         names = ("key", "day", "model", "requests", "prompt_tokens", "completion_tokens")
         return [dict(zip(names, row, strict=True)) for row in found]

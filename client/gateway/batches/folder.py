@@ -263,7 +263,7 @@ class Folder:
     def job(self, id_: str, owner: str | None = None) -> Job:
         """A batch, of this key if one is given. Raises NotHere."""
         rows = self._rows(
-            "SELECT job FROM batches WHERE id = ?1 AND (?2 IS NULL OR owner = ?2)", id_, owner
+            "SELECT job FROM batches WHERE id = ? AND (? IS NULL OR owner = ?)", id_, owner, owner
         )
         if not rows:
             raise NotHere
