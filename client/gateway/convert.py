@@ -429,7 +429,7 @@ def _forced_tool(body: http.ChatRequest) -> Constraint | None:
 
 
 def _biases(given: dict[str, float]) -> list[tuple[int, float]]:
-    """By id. Raises GatewayError that names the first few keys that are none."""
+    """By id. Raises GatewayError, which names the first few keys that are not token ids."""
     bias: list[tuple[int, float]] = []
     wrong: list[str] = []
     for token, value in given.items():

@@ -110,6 +110,18 @@ class GatewayError(Exception):
         self._openai_code = openai_code
         self.detail = detail
 
+    def in_words_of(self, name: str) -> GatewayError:
+        """The same error with the field's name in another API's body."""
+        return GatewayError(
+            self.info.code,
+            self.info.message.replace(f"`{self.param}`", f"`{name}`"),
+            param=name,
+            status=self.status,
+            retryable=self.info.retryable,
+            retry_after_ms=self.info.retry_after_ms,
+            details=self.info.details,
+        )
+
     @property
     def openai_code(self) -> str:
         """The `code` sent to an HTTP client."""

@@ -108,8 +108,8 @@ def test_rows_of_any_length_are_computed_without_padding(
 @pytest.mark.parametrize("common", [64, 300])
 @torch.inference_mode()
 def test_what_rows_have_in_common_is_read_once(common: int) -> None:
-    """Rows that begin alike read the first one's beginning, and a row of its own its own: seen by
-    taking away what none of them should read."""
+    """Rows that begin alike read the first one's beginning; a row that does not reads its own.
+    Shown by removing from the cache what no row should read."""
     model = text_model("llama")
     plain = copy.deepcopy(model)
     fuse_layers(model, pack=True)

@@ -309,14 +309,4 @@ def in_its_words(error: GatewayError) -> GatewayError:
     names = {"max_tokens": "n_predict", "repetition_penalty": "repeat_penalty"}
     names["logprobs"] = "n_probs"
     name = names.get(error.param or "")
-    if name is None:
-        return error
-    return GatewayError(
-        error.info.code,
-        error.info.message.replace(f"`{error.param}`", f"`{name}`"),
-        param=name,
-        status=error.status,
-        retryable=error.info.retryable,
-        retry_after_ms=error.info.retry_after_ms,
-        details=error.info.details,
-    )
+    return error if name is None else error.in_words_of(name)

@@ -421,12 +421,4 @@ def in_ollamas_words(error: GatewayError) -> GatewayError:
         name = _NAMES[param]
     else:
         return error
-    return GatewayError(
-        error.info.code,
-        error.info.message.replace(f"`{param}`", f"`{name}`"),
-        param=name,
-        status=error.status,
-        retryable=error.info.retryable,
-        retry_after_ms=error.info.retry_after_ms,
-        details=error.info.details,
-    )
+    return error.in_words_of(name)

@@ -4,7 +4,7 @@ A key or value of one token and head is `head_dim` symmetric codes and one float
 side in int8, so that whatever moves rows of the cache moves scales with them. All tokens are read
 as they were stored, a token's own too: an answer does not depend on how its prompt was cut, on a
 reused prefix, on neighbours or on a resume, other than by rounding. Must never hide a key that
-is no number: its scale is none either.
+is not finite: its scale is not finite either.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _factors(states: torch.Tensor) -> torch.Tensor | None:
     largest = torch.maximum(largest, torch.maximum(halves, pairs))
     usual = largest.median(-1, keepdim=True).values.clamp_min(SMALLEST_SCALE)
     factors = torch.exp2(torch.log2(largest / usual).floor().clamp_min(0))
-    # Of what is no number, nothing is learnt.
+    # Keys that are not finite teach nothing.
     return factors if bool((factors >= OUTLIER).any() & torch.isfinite(factors).all()) else None
 
 

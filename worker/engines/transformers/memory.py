@@ -50,7 +50,7 @@ def host_bytes() -> int:
     """Bytes of memory of this machine, or of the container."""
     whole = int(psutil.virtual_memory().total)
     with contextlib.suppress(OSError, ValueError):
-        # "max" is no number: without a limit.
+        # "max" instead of a number: there is no limit.
         whole = min(whole, int((_CGROUP / "memory.max").read_text()))
     return whole
 
