@@ -63,7 +63,7 @@ def running_broker(folder: Path, *options: str) -> Iterator[BrokerProcess]:
 
 @contextmanager
 def peers_context() -> Iterator[zmq.Context[Any]]:
-    """A context for raw peers, which closes the sockets that they leave open."""
+    """A context for raw peers; closes the sockets that they leave open."""
     with zmq.Context() as context:
         try:
             yield context
@@ -117,7 +117,7 @@ class RawPeer:
                 return decoded, frames
 
     def expect(self, type_: MessageType, patience_s: float = PATIENCE_S) -> tuple[Header, Any]:
-        """The next message, which must have this type, with its body as plain values."""
+        """The next message, which must be of this type; its body is returned as plain values."""
         head, frames = self.receive(patience_s)
         body = codec.unpack(frames[0], limits.MAX_REQUEST_BYTES)
         assert head.type is type_, (head, body)

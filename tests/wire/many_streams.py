@@ -7,15 +7,14 @@ from collections.abc import Callable
 from client import Client, Tokens
 
 WINDOW_TOKENS = 32
-"""How much a waiting reader takes of a stream at most."""
+"""The most tokens of a stream that a reader which does not read on is sent."""
 
 
 def read_all(client: Client, count: int, fault: Callable[[], None]) -> list[int]:
-    """Read `count` streams at once, call `fault` in the middle, and check every text. Returns how
-    often each was resumed.
+    """Read `count` streams at once, call `fault` in the middle, and check every text.
 
-    Before the fault, only one event of each is read: the window is so small that no stream can end
-    before it, however long it takes.
+    Returns how often each stream was resumed. Before the fault, only one event of each is read: the
+    window is so small that no stream can end before the fault, however long that takes.
     """
     echo = {"mode": "sampled", "answer_tokens": 80, "step_delay_ms": 10}
     options = {"model": "echo", "template_args": {"echo": echo}}

@@ -1,6 +1,6 @@
 """A scripted broker for tests of the client: one ROUTER that answers as the test says.
 
-It speaks `broker.protocol` and nothing more: no queue, no workers. Refusals, every error code,
+It speaks `broker.protocol` and nothing more: it has no queue and no workers. Refusals, error codes,
 silence and garbage are easier to script than to provoke.
 """
 
@@ -34,7 +34,7 @@ Answer = Callable[["ScriptedBroker", bytes, messages.Request, list[bytes]], None
 def tokens(
     request_id: bytes, text: str, offset: int = 0, epoch: int = 0, count: int | None = None
 ) -> TokensEvent:
-    """A TOKENS event of one token per character, unless told otherwise."""
+    """A TOKENS event with one token per character, or with `count` tokens."""
     ids = [ord(c) for c in text] if count is None else list(range(count))
     return TokensEvent(request_id, epoch, offset, ids, text)
 

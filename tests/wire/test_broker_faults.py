@@ -47,8 +47,8 @@ from tests.wire.broker_peers import (
     stream_works,
 )
 
-KERNELS_BOUND = Path("/proc/sys/net/core/somaxconn")
-SOMAXCONN = int(KERNELS_BOUND.read_text()) if KERNELS_BOUND.exists() else 128
+SOMAXCONN_FILE = Path("/proc/sys/net/core/somaxconn")
+SOMAXCONN = int(SOMAXCONN_FILE.read_text()) if SOMAXCONN_FILE.exists() else 128
 
 
 @pytest.fixture
@@ -73,10 +73,10 @@ def pair(context: zmq.Context[Any], broker: BrokerProcess) -> tuple[RawWorker, R
 # --- loss -----------------------------------------------------------------------------------------
 
 
-def test_the_client_is_told_that_its_worker_s_connection_broke(
+def test_the_client_is_told_that_its_workers_connection_broke(
     context: zmq.Context[Any], broker: BrokerProcess
 ) -> None:
-    """By the connection: silence would be noticed only long after the test's time limit."""
+    """The closed connection reveals it: silence would be noticed only long after the time limit."""
     worker, client = pair(context, broker)
     client.request()
     client.expect(MessageType.ACCEPTED)
@@ -98,10 +98,12 @@ def test_a_broker_that_was_stopped_loses_no_peer(tmp_path: Path, context: zmq.Co
         assert "late" in broker.log
 
 
-@pytest.mark.skipif(SOMAXCONN < 700, reason="the kernel's own bound is lower: net.core.somaxconn")
-def test_hundreds_that_dial_a_busy_broker_at_once_need_not_try_again(broker: BrokerProcess) -> None:
-    # 256 was the bound: the others' kernels tried again after 1, 3 and 7 s, and 11,000 peers took
-    # 7 s to come back.
+@pytest.mark.skipif(SOMAXCONN < 700, reason="the kernel's own limit is lower: net.core.somaxconn")
+def test_hundreds_of_peers_connect_to_a_busy_broker_at_the_first_attempt(
+    broker: BrokerProcess,
+) -> None:
+    # The backlog was once 256: the other peers' kernels retried after 1, 3 and 7 s, so 11,000 peers
+    # took 7 s to come back.
     address = broker.back.removeprefix("tcp://").rpartition(":")
     broker.signal(signal.SIGSTOP)
     with contextlib.ExitStack() as opened:
@@ -111,7 +113,7 @@ def test_hundreds_that_dial_a_busy_broker_at_once_need_not_try_again(broker: Bro
             one.setblocking(False)
             one.connect_ex((address[0], int(address[2])))
             waiting.register(one, select.POLLOUT)
-        # On one machine whoever has a place in the queue is connected when connect() returns.
+        # On one machine, whoever has a place in the backlog is connected when connect() returns.
         assert len(waiting.poll(0)) == 600
         broker.signal(signal.SIGCONT)
 
@@ -119,7 +121,7 @@ def test_hundreds_that_dial_a_busy_broker_at_once_need_not_try_again(broker: Bro
 # --- slow readers ---------------------------------------------------------------------------------
 
 
-def test_a_clients_last_messages_are_read_although_a_send_to_it_failed_first(
+def test_a_clients_last_messages_are_read_even_if_a_send_to_it_failed_first(
     context: zmq.Context[Any], broker: BrokerProcess
 ) -> None:
     worker, client = pair(context, broker)
@@ -162,7 +164,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_no_other_peer_is_affected(
         last = header.decode(slow.socket.recv_multipart()[0])
         while last.type is not MessageType.GOODBYE:
             previous, last = last.sequence, slow.receive()[0]
-            assert last.sequence == previous + 1, "no single message was dropped"
+            assert last.sequence == previous + 1, "not a single message was dropped"
 
 
 # --- hostile frames -------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def test_garbage_of_every_shape_ends_only_the_connection_that_sent_it(
 
 
 @pytest.mark.parametrize("side", list(Side), ids=lambda side: side.value)
-def test_a_message_of_endless_frames_is_discarded_in_batches_with_turns_for_all_else(
+def test_a_message_of_endless_frames_is_discarded_in_batches_between_other_work(
     context: zmq.Context[Any], side: Side
 ) -> None:
     routers = {side: context.socket(zmq.ROUTER) for side in Side}
@@ -397,7 +399,7 @@ def test_only_keys_on_the_list_are_accepted_and_the_log_names_the_others(
         assert not plain.socket.poll(100)
 
 
-def test_the_delay_for_wrong_keys_grows_and_delays_no_one_else(
+def test_the_delay_for_wrong_keys_grows_and_affects_no_other_peer(
     tmp_path: Path, context: zmq.Context[Any]
 ) -> None:
     keys = tmp_path / "keys"
@@ -460,7 +462,7 @@ def test_the_number_of_delayed_refusals_is_limited(
         gate.socket.close(linger=0)
 
 
-def test_the_lists_are_read_again_without_a_restart(
+def test_the_allow_lists_are_reloaded_without_a_restart(
     tmp_path: Path, context: zmq.Context[Any]
 ) -> None:
     keys = tmp_path / "keys"

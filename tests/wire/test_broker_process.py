@@ -52,7 +52,7 @@ def run(
 
 
 def test_it_imports_nothing_heavy() -> None:
-    """So that it starts fast."""
+    """Otherwise it would start slowly."""
     code = "import sys, json, broker.__main__; print(json.dumps(sorted(sys.modules)))"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     loaded = {name.partition(".")[0] for name in json.loads(told.stdout)}
@@ -96,7 +96,7 @@ def test_the_core_imports_nothing_that_does_io(path: Path) -> None:
                 assert name.startswith(("broker.core", "broker.protocol")), name
 
 
-def test_it_says_where_it_listens_and_what_to_do_next(tmp_path: Path) -> None:
+def test_it_prints_where_it_listens_and_what_to_do_next(tmp_path: Path) -> None:
     with running_broker(tmp_path) as broker:
         assert broker.ready == {
             "front": [broker.front],
@@ -153,7 +153,7 @@ def test_the_first_signal_lets_streams_end_and_says_goodbye(
         assert broker.process.wait(PATIENCE_S) == 0
 
 
-def test_the_second_signal_forces_and_hands_the_stream_over(
+def test_the_second_signal_stops_it_at_once_and_hands_its_streams_over(
     tmp_path: Path, context: zmq.Context[Any]
 ) -> None:
     with running_broker(tmp_path) as broker:
@@ -258,9 +258,12 @@ def test_all_options_of_fastchats_controller_are_reported_together() -> None:
     assert "--front and --back" in told.stderr and "--placement lottery" in told.stderr
 
 
-def test_the_usage_names_the_three_forms_whichever_was_called() -> None:
-    broker, check = run("--help"), run("check", "--help")
-    assert broker.stdout.splitlines()[0] == check.stdout.splitlines()[0]
+def test_the_usage_names_every_form_whichever_was_called() -> None:
+    usage, same = (run(*words, "--help").stdout.partition("\n\n")[0] for words in ((), ("check",)))
+    assert usage == same
+    assert all(
+        f"broker {form}" in usage for form in ("[OPTION", "keys", "invite", "revoke", "check")
+    )
 
 
 def test_a_ready_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def bell() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def drain(ours: Socket) -> int:
-    """Read all messages; returns how many there were."""
+    """Read all messages; return how many there were."""
     count = 0
     while True:
         try:
@@ -64,7 +64,7 @@ def test_a_message_makes_its_socket_ready_until_it_is_read(
     assert readiness.wait(0.0) == set()
     theirs.send(b"one")
     assert readiness.wait(LONG_S) == {ours}
-    assert readiness.wait(LONG_S) == {ours}, "as long as it is not read"
+    assert readiness.wait(LONG_S) == {ours}, "until it is read"
     assert drain(ours) == 1
     assert readiness.wait(0.0) == set()
 
@@ -88,9 +88,9 @@ def test_a_message_that_arrived_during_a_send_is_not_missed(
 def test_a_drained_socket_is_ready_at_first_and_when_messages_were_left(
     pair: Pair, bell: tuple[socket.socket, socket.socket]
 ) -> None:
-    theirs, ours = pair(zmq.PAIR, zmq.PAIR)  # it connects, like the reader of a monitor
+    theirs, ours = pair(zmq.PAIR, zmq.PAIR)  # ours connects, like the reader of a monitor
     readiness = Readiness([], [ours], bell[0].fileno())
-    assert readiness.wait(LONG_S) == {ours}, "or its descriptor would never become readable"
+    assert readiness.wait(LONG_S) == {ours}, "otherwise its descriptor might never become readable"
     assert drain(ours) == 0
     for part in (b"one", b"two"):
         theirs.send(part)
@@ -103,7 +103,7 @@ def test_a_drained_socket_is_ready_at_first_and_when_messages_were_left(
     assert readiness.wait(LONG_S) == {ours}
 
 
-def test_the_descriptor_of_the_system_is_named_itself(
+def test_a_plain_descriptor_is_reported_by_its_number(
     pair: Pair, bell: tuple[socket.socket, socket.socket]
 ) -> None:
     ours, _ = pair(zmq.ROUTER, zmq.DEALER)

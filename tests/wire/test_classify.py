@@ -25,7 +25,7 @@ def client(bus: Bus) -> Any:
         yield made
 
 
-def test_documents_come_in_the_order_of_their_relevance(client: Client) -> None:
+def test_documents_are_returned_in_order_of_relevance(client: Client) -> None:
     ranked = client.rerank(QUERY, DOCUMENTS, model="echo")
     assert [(one.index, one.score) for one in ranked] == [(1, 1.0), (2, 0.5), (0, 0.0)]
     assert [one.document for one in ranked] == [DOCUMENTS[one.index] for one in ranked]
@@ -34,7 +34,7 @@ def test_documents_come_in_the_order_of_their_relevance(client: Client) -> None:
     assert [one.index for one in client.rerank(QUERY, DOCUMENTS, top_n=1)] == [1]
 
 
-def test_documents_of_one_score_keep_their_order(client: Client) -> None:
+def test_documents_with_equal_scores_keep_their_order(client: Client) -> None:
     ranked = client.rerank("x", ["a", "b", "c"])
     assert [one.index for one in ranked] == [0, 1, 2]
 
@@ -50,7 +50,7 @@ def test_texts_pairs_and_token_ids_are_classified(client: Client) -> None:
     assert pair.scores == one.scores
 
 
-def test_many_inputs_are_divided_into_requests_and_joined_in_order(bus: Bus) -> None:
+def test_many_inputs_are_split_into_requests_and_joined_in_order(bus: Bus) -> None:
     texts = ["a" * (index % 3) + "b" for index in range(3 * CLASSIFY_INPUTS_AT_ONCE + 1)]
 
     async def ask() -> tuple[Any, Any]:
@@ -75,7 +75,7 @@ def test_many_inputs_are_divided_into_requests_and_joined_in_order(bus: Bus) -> 
         (lambda c: c.classify([("a", "b", "c")]), "length 2"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_sent(
+def test_a_mistake_is_reported_before_anything_is_sent(
     client: Client, call: Callable[[Client], Any], word: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=word):

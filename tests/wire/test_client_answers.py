@@ -119,7 +119,7 @@ def test_n_answers_are_streamed_together_each_with_its_number() -> None:
     assert [answer.text for answer in answers] == ["bbb", "ccc"], "also after it was read"
 
 
-def test_the_async_client_gives_n_answers_too() -> None:
+def test_the_async_client_returns_n_answers_too() -> None:
     async def talk(address: str) -> None:
         async with AsyncClient(address) as bus:
             answers = await bus.chat("abc", model="demo", n=2, seed=4)
@@ -199,7 +199,9 @@ def test_a_call_is_read_from_the_answer_with_its_arguments_by_name() -> None:
     assert (answer.text, call.name) == ("Let me look.", "weather")
     assert call.arguments == {"city": "Graz", "days": 2} == json.loads(call.arguments_json)
     assert call.parsed is call.arguments
-    assert len(answer.token_ids) == len(text), "the ids are those of the whole answer"
+    assert len(answer.token_ids) == len(text), (
+        "the ids are those of the whole text, markup included"
+    )
     # The marks of calls may be special tokens, which a worker skips unless asked for them.
     assert "<tool_call>" in request.params.keep_special
     assert request.tools == [WEATHER]
@@ -255,7 +257,7 @@ def test_arguments_that_do_not_fit_the_schema_raise_where_they_are_read(
     (call,) = answer.tool_calls
     with pytest.raises(InvalidAnswer, match=f"call of 'weather' do not fit its schema.*{told}"):
         _ = call.arguments
-    assert json.loads(call.arguments_json) == arguments, "the text is there all the same"
+    assert json.loads(call.arguments_json) == arguments, "the raw text remains available"
 
 
 def test_a_call_cut_off_by_the_end_is_marked_as_cut() -> None:
@@ -293,7 +295,7 @@ def test_a_malformed_tool_schema_is_refused_and_nothing_is_fetched(
 
 
 def test_hostile_output_of_a_model_disturbs_no_other_stream() -> None:
-    """However deeply it nests: calls are parsed in the thread that serves all streams."""
+    """Even if it nests deeply: calls are parsed in the thread that serves all streams."""
     deep = "<tool_call>" + '{"name": ' + "[" * 50_000
     arguments = called({"city": "x"}).replace('"x"', "[" * 50_000 + "]" * 50_000)
 
@@ -443,7 +445,7 @@ def test_an_answer_that_does_not_fit_raises_where_it_is_parsed() -> None:
         plain = bus.chat("abc", model="demo")
     with pytest.raises(InvalidAnswer, match=r"does not fit Invoice: number: "):
         _ = answer.parsed
-    with pytest.raises(ValueError):  # Python's own, for programs that know that one
+    with pytest.raises(ValueError):  # for programs that catch Python's own exception
         _ = answer.parsed
     assert answer.text == '{"number": "x"}' and plain.parsed is None
 
@@ -523,13 +525,13 @@ def test_a_type_checker_knows_the_result_of_each_call() -> None:
     assert [line.split(":")[1] for line in wrong] == ["17", "18"], report
 
 
-def test_the_new_names_are_public() -> None:
+def test_the_types_of_answers_are_public() -> None:
     for name in ("AsyncChoiceStream", "ChoiceStream", "InvalidAnswer", "ToolCall"):
         assert name in library.__all__ and hasattr(library, name)
-    assert issubclass(InvalidAnswer, BusError | ValueError)
+    assert issubclass(InvalidAnswer, BusError) and issubclass(InvalidAnswer, ValueError)
 
 
 def test_the_scripted_model_repeats_its_prompt() -> None:
-    """All tests above rely on it."""
+    """All tests above rely on this."""
     with ScriptedBroker(spell) as broker, Client(broker.address) as bus:
         assert bus.chat(called({"a": 1}), model="demo").text == called({"a": 1})

@@ -68,7 +68,7 @@ def files(tmp_path: Path) -> Files:
 
 @pytest.fixture
 def batch(bus: Bus, files: Files) -> Batch:
-    """Run the command to its end; returns the exit status."""
+    """Run the command to its end; return the exit status."""
 
     def run(*options: str) -> int:
         return main(["batch", str(files.input), str(files.output), "--broker", bus.front, *options])
@@ -110,7 +110,7 @@ def test_every_endpoint_answers_in_the_shapes_of_openais_package(
     assert answer["id"].startswith("batch_req_") and answer["error"] is None
 
 
-def test_images_choices_and_tools_are_taken(batch: Batch, files: Files) -> None:
+def test_images_choices_and_tools_are_supported(batch: Batch, files: Files) -> None:
     image = io.BytesIO()
     Image.new("RGB", (5, 4), "red").save(image, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"
@@ -121,11 +121,11 @@ def test_images_choices_and_tools_are_taken(batch: Batch, files: Files) -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
     call = '<tool_call>{"name": "look", "arguments": {"at": "sky"}}</tool_call>'
     files.ask(
-        line("picture", messages=[{"role": "user", "content": parts}], n=2),
+        line("image", messages=[{"role": "user", "content": parts}], n=2),
         line("tool", messages=[{"role": "user", "content": call}], tools=[tool]),
     )
     assert batch() == 0
-    choices = files.body("picture")["choices"]
+    choices = files.body("image")["choices"]
     assert len(choices) == 2 and "5x4" in choices[0]["message"]["content"]
     [choice] = ChatCompletion.model_validate(files.body("tool"), strict=True).choices
     assert choice.finish_reason == "tool_calls" and choice.message.tool_calls
@@ -177,7 +177,7 @@ def test_without_a_broker_nothing_is_written(files: Files) -> None:
     assert files.output.read_text() == ""
 
 
-# --- going on -------------------------------------------------------------------------------------
+# --- continuing a run -----------------------------------------------------------------------------
 
 
 def test_answered_lines_are_not_sent_again(batch: Batch, files: Files, bus: Bus) -> None:
@@ -216,7 +216,7 @@ def test_failed_lines_are_sent_again_on_request(batch: Batch, files: Files) -> N
     assert batch() == 1
     good = files.answers()["a"]
     files.ask(line("a"), line("b"))
-    assert batch() == 1  # nothing is asked: both have their answer, and one is a failure
+    assert batch() == 1  # nothing is sent: both have an answer, and one is an error
     assert files.error("b")[0] == 404
     assert batch("--retry-failed") == 0
     assert files.body("b") and files.answers()["a"] == good
@@ -252,7 +252,7 @@ def test_a_file_that_is_not_an_answer_file_is_left_alone(batch: Batch, files: Fi
     assert files.output.read_text() == "precious\nnotes\n"
 
 
-def test_two_runs_never_write_one_file(batch: Batch, files: Files) -> None:
+def test_two_runs_never_write_to_the_same_file(batch: Batch, files: Files) -> None:
     files.ask(line("a"))
     with files.output.open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -260,7 +260,7 @@ def test_two_runs_never_write_one_file(batch: Batch, files: Files) -> None:
     assert files.output.read_text() == ""
 
 
-def test_ctrl_c_stops_at_once_frees_the_slots_and_the_next_run_goes_on(
+def test_ctrl_c_stops_at_once_and_frees_the_slots_and_the_next_run_continues(
     bus: Bus, files: Files
 ) -> None:
     slow = "[[echo mode=sampled answer_tokens=100000 step_delay_ms=5]] go"
@@ -276,7 +276,7 @@ def test_ctrl_c_stops_at_once_frees_the_slots_and_the_next_run_goes_on(
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_until(lambda: bus.running() == 4 and len(files.answers()) == 20, "the slow lines run")
+    wait_until(lambda: bus.running() == 4 and len(files.answers()) == 20, "the slow lines to run")
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
@@ -328,7 +328,7 @@ def test_no_line_is_lost_if_the_broker_is_killed_during_the_run(
         assert files.body(name)["choices"][0]["message"]["content"] == f"say {name}"
 
 
-def test_max_tokens_beyond_the_room_is_cut_as_the_gateway_cuts_it(
+def test_max_tokens_beyond_the_context_is_reduced_as_by_the_gateway(
     make_bus: Callable[..., Bus], files: Files
 ) -> None:
     bus = make_bus(context_tokens=64)
@@ -337,7 +337,7 @@ def test_max_tokens_beyond_the_room_is_cut_as_the_gateway_cuts_it(
     assert files.body("a")["choices"][0]["message"]["content"] == "x" * 20
 
 
-def test_a_line_is_answered_as_the_door_answers_it(batch: Batch, files: Files) -> None:
+def test_a_line_is_answered_as_the_gateway_answers_it(batch: Batch, files: Files) -> None:
     hello = [{"role": "user", "content": "say hello"}]
     files.ask(
         line("ids", messages=hello, return_token_ids=True),
@@ -353,7 +353,7 @@ def test_a_line_is_answered_as_the_door_answers_it(batch: Batch, files: Files) -
     assert files.error("background")[1]["param"] == "background"
 
 
-def test_without_the_extra_gateway_the_command_says_what_to_install(tmp_path: Path) -> None:
+def test_without_the_gateway_extra_the_command_says_what_to_install(tmp_path: Path) -> None:
     program = """
 import sys
 for name in ("openai", "starlette", "uvicorn", "prometheus_client", "pydantic", "rich"):

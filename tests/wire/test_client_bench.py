@@ -18,7 +18,7 @@ from tests.wire.test_client_cli import Person
 def test_as_json_it_has_times_rates_and_workers(
     make_bus: Callable[..., Bus], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Steps that take time: the tokens of quicker ones may come together.
+    # Steps must take time: tokens of quick ones may arrive together.
     bus = make_bus(workers=1, slots=4, step_delay_ms=5)
     sizes = ["--requests", "8", "--concurrency", "4", "--answer-tokens", "5", "--prompt-words", "7"]
     assert main(["bench", "--json", "--broker", bus.front, *sizes]) == 0

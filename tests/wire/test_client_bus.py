@@ -44,7 +44,7 @@ def sampled(tokens: int, delay_ms: float = 0, **more: Any) -> dict[str, Any]:
 
 
 ENDLESS = sampled(100_000, 5)
-#: Options for a stream that cannot end while its reader is busy elsewhere.
+#: Options of a stream that cannot end while nobody reads it.
 IN_ITS_MIDDLE: dict[str, Any] = {"stream": True, "window": WINDOW_TOKENS}
 
 
@@ -64,7 +64,7 @@ def test_every_kind_of_request_is_answered(bus: Bus) -> None:
     client = bus.client()
     ids = client.tokenize("hello")
     assert client.detokenize(ids) == "hello"
-    assert client.tokenize("hello", add_special_tokens=False) == ids, "the echo adds none"
+    assert client.tokenize("hello", add_special_tokens=False) == ids, "the echo engine has none"
     assert client.count("hello") == client.count(token_ids=ids) == len(ids)
     assert client.generate("raw prompt").text == "raw prompt"
     assert client.generate(token_ids=ids).text == "hello"
@@ -186,7 +186,7 @@ def test_a_slow_reader_gets_everything_and_slows_no_other_stream(bus: Bus) -> No
     events = iter(slow)
     while not isinstance(next(events), Tokens):
         pass
-    for n in range(20):  # others go on meanwhile
+    for n in range(20):  # other streams are served meanwhile
         assert client.chat("echo", f"other {n}").text == f"other {n}"
     waiting = sum(
         len(item.token_ids)
@@ -219,7 +219,7 @@ def reference(bus: Bus, tokens: int, seed: int = 11) -> str:
 def read_with(
     stream: Any, after_tokens: int, fault: Callable[[], None]
 ) -> tuple[str, list[Any], End]:
-    """Read a stream, and let something happen in the middle."""
+    """Read a stream to its end, and call `fault` once `after_tokens` tokens have arrived."""
     text, events, seen, done = "", [], 0, False
     for event in stream:
         events.append(event)
@@ -300,7 +300,7 @@ def test_without_retries_a_killed_worker_is_an_error(make_bus: MakeBus) -> None:
     assert type(caught.value).__name__ == "WorkerLost"
 
 
-def test_a_stopped_broker_that_goes_on_loses_nothing(make_bus: MakeBus) -> None:
+def test_a_broker_that_is_paused_for_a_while_loses_nothing(make_bus: MakeBus) -> None:
     bus = make_bus(workers=1)
     expected = reference(bus, 200)
     stream = bus.client().chat("echo", "x", seed=11, **IN_ITS_MIDDLE, **sampled(200, 3))
@@ -320,7 +320,7 @@ def test_a_stopped_broker_that_goes_on_loses_nothing(make_bus: MakeBus) -> None:
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
-    """What `python -m broker keys` makes."""
+    """The folder that `python -m broker keys` makes."""
     folder = tmp_path / "keys"
     command = [sys.executable, "-m", "broker", "keys", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

@@ -103,7 +103,7 @@ def test_images_make_a_difference_wherever_they_are_named(client: Client) -> Non
         (None, QUESTIONS, (), "`state`"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_sent(
+def test_a_mistake_is_reported_before_anything_is_sent(
     client: Client, state: Any, questions: Any, images: Any, word: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=word):
