@@ -67,7 +67,7 @@ class Person:
             try:
                 data = os.read(self._ours, 65_536)
             except OSError:
-                return  # the other end is closed
+                return  # the program has closed its end
             if not data:
                 return
             self.screen += data.decode("utf-8", errors="replace")
@@ -91,7 +91,7 @@ class Person:
 
 
 def _take_terminal() -> None:
-    """Make the pseudo terminal the controlling one, so that Ctrl-C is a signal."""
+    """Make the pseudo-terminal the controlling one, so that Ctrl-C sends a signal."""
     import fcntl
     import termios
 
@@ -125,7 +125,7 @@ def test_piped_input_precedes_the_words_of_the_command_line(bus: Bus) -> None:
     assert int(counted.stdout) == bus.client().count("a text\n\nwords")
 
 
-def test_generate_does_not_wait_for_an_open_pipe_without_a_writer(bus: Bus) -> None:
+def test_generate_does_not_wait_for_an_open_pipe_that_nobody_writes_to(bus: Bus) -> None:
     reader, writer = os.pipe()
     try:
         done = subprocess.run(
@@ -143,7 +143,7 @@ def test_generate_does_not_wait_for_an_open_pipe_without_a_writer(bus: Bus) -> N
     assert "nothing came on standard input" in done.stderr
 
 
-def test_generate_takes_images_and_parameters(bus: Bus, image: str) -> None:
+def test_generate_accepts_images_and_parameters(bus: Bus, image: str) -> None:
     done = run(
         *("generate", "--broker", bus.front, "-m", "echo", "-i", image, "--image", image),
         *("--max-tokens", "200", "--stop", "END", "--param", "logit_bias=[[5, 1.5]]", "--stats"),
@@ -155,7 +155,7 @@ def test_generate_takes_images_and_parameters(bus: Bus, image: str) -> None:
     assert "answer tokens" in done.stderr
 
 
-def test_generate_as_json_gives_a_line_for_each_event(bus: Bus) -> None:
+def test_generate_as_json_prints_a_line_for_each_event(bus: Bus) -> None:
     done = run("generate", "--broker", bus.front, "--json", "--seed", "7", "abc")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["event"] for line in lines][-1] == "end"
@@ -404,9 +404,7 @@ def test_chat_explains_mistakes_and_its_exit_status_tells_a_script(
     assert done.returncode == 1
 
 
-def test_chat_checks_an_image_a_parameter_and_a_model_at_the_command(
-    bus: Bus, tmp_path: Path
-) -> None:
+def test_chat_checks_an_image_a_parameter_and_a_model_at_once(bus: Bus, tmp_path: Path) -> None:
     gone = tmp_path / "gone.json"
     turn = '{"role": "user", "content": "x", "images": ["/nowhere.png"]}'
     gone.write_text(f'{{"format": "tokenbus-chat-1", "turns": [{turn}]}}')
@@ -461,7 +459,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(bus: Bus) -> No
     person = Person("chat", "--broker", bus.front)
     person.sees("you> ")
     person.types(ENDLESS + "\n")
-    wait_until(lambda: bus.running() == 1, "the answer runs", story=lambda: person.screen)
+    wait_until(lambda: bus.running() == 1, "the answer to run", story=lambda: person.screen)
     person.types("\x03")
     person.sees("(stopped)")
     bus.wait_idle()

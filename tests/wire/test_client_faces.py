@@ -1,4 +1,4 @@
-"""`Client` and `AsyncClient` against a scripted broker: what callers write, and what they get."""
+"""`Client` and `AsyncClient` against a scripted broker: what callers pass, and what they get."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_seed_is_chosen_sent_and_returned() -> None:
         assert request_of(broker, 0).params.seed == first.seed
 
 
-def test_parameters_and_fields_travel() -> None:
+def test_parameters_and_fields_reach_the_broker() -> None:
     with ScriptedBroker() as broker, Client(broker.address) as client:
         client.chat(
             "demo",
@@ -200,7 +200,7 @@ def test_a_wrong_value_is_refused_before_anything_is_sent(wrong: dict[str, Any],
         client.chat("demo", "x", **wrong)
 
 
-def test_a_text_that_cannot_be_written_fails_alone() -> None:
+def test_a_text_that_cannot_be_encoded_fails_alone() -> None:
     with ScriptedBroker() as broker, Client(broker.address) as client:
         other = client.chat("demo", "abc", stream=True)
         with pytest.raises(InvalidRequest, match="surrogates not allowed; nothing was sent"):
@@ -224,7 +224,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_similar_ones() -> None:
         Message(role="user", content="x"),
     ],
 )
-def test_messages_come_in_many_forms(conversation: Any) -> None:
+def test_messages_are_accepted_in_many_forms(conversation: Any) -> None:
     with ScriptedBroker() as broker, Client(broker.address) as client:
         client.chat("demo", conversation)
         assert request_of(broker).messages == [Message(role="user", content="x")]
@@ -245,7 +245,7 @@ def test_wrong_messages_are_refused(conversation: Any, told: str) -> None:
         client.chat("demo", conversation)
 
 
-# --- images -------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_images_join_the_last_user_message_before_its_text(tmp_path: Path, png: 
     assert [entry.media_type for entry in request.attachments] == ["image/png"] * 4
 
 
-def test_images_may_be_placed_by_parts(png: bytes) -> None:
+def test_images_can_be_placed_between_parts_of_text(png: bytes) -> None:
     frames: list[list[bytes]] = []
 
     def keep(
@@ -287,7 +287,7 @@ def test_images_may_be_placed_by_parts(png: bytes) -> None:
     with ScriptedBroker(keep) as broker, Client(broker.address) as client:
         client.chat("demo", [{"role": "user", "content": content}])
         request = request_of(broker)
-    assert frames == [[png]], "the bytes travel as they are"
+    assert frames == [[png]], "the bytes are sent unchanged"
     assert request.messages is not None
     kinds = [type(part).__name__ for part in request.messages[0].content or ()]
     assert kinds == ["TextPart", "ImagePart", "TextPart"]

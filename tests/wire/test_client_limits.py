@@ -75,14 +75,16 @@ def test_the_environment_names_the_broker(monkeypatch: pytest.MonkeyPatch) -> No
         (Timeout(total=0.2), library.TotalTimeout),
     ],
 )
-def test_limits_of_a_request_that_no_worker_takes(timeout: Timeout, cls: type[BusError]) -> None:
+def test_a_request_that_no_worker_takes_fails_at_its_time_limit(
+    timeout: Timeout, cls: type[BusError]
+) -> None:
     with ScriptedBroker(silent) as broker, Client(broker.address) as client:
         with pytest.raises(cls):
             client.chat("demo", "x", timeout=timeout)
         broker.wait_for(MessageType.CANCEL)
 
 
-def test_limits_of_a_worker_that_never_answers_or_stops_answering() -> None:
+def test_a_request_whose_worker_falls_silent_fails_at_its_time_limit() -> None:
     def taken(broker: ScriptedBroker, request_id: bytes, *_: object) -> None:
         broker.send(MessageType.ACCEPTED, request_id, messages.Accepted(worker="w1"))
 
@@ -140,7 +142,7 @@ def test_a_stream_continues_at_the_next_broker_of_the_list() -> None:
 
 
 def test_a_killed_broker_is_noticed_and_is_an_error_if_it_does_not_come_back() -> None:
-    """By its connection: its heartbeats would be overdue only after minutes."""
+    """The closed connection reveals it: heartbeats would be overdue only after minutes."""
     with ScriptedBroker(endless) as broker:
         client = Client(broker.address, retry=Retry(reconnect=0.3))
         stream = client.chat("demo", "x", stream=True)
@@ -180,7 +182,9 @@ def test_a_reader_that_stops_holds_no_more_than_its_window() -> None:
             pass
         (body,) = broker.wait_for(MessageType.WINDOW)
         client.close()
-    assert codec.decode(messages.Window, body, 100).limit == 32, "read 16, and 16 more may come"
+    assert codec.decode(messages.Window, body, 100).limit == 32, (
+        "16 were read, and 16 more may come"
+    )
 
 
 def test_requests_beyond_the_limit_wait_in_the_client() -> None:

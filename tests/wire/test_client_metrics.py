@@ -1,5 +1,4 @@
-"""`python -m client metrics` and the gateway's `/metrics`: what Prometheus reads from a live
-bus."""
+"""What Prometheus reads from a live bus: `python -m client metrics`, the gateway's `/metrics`."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from tests.harness import PATIENCE_S, Bus, wait_until
 
 
 def families(text: str) -> dict[str, float]:
-    """The first sample of each family, read by Prometheus' own parser."""
+    """The sum of each family's samples, read by Prometheus' own parser."""
     return {
         family.name: sum(sample.value for sample in family.samples)
         for family in text_string_to_metric_families(text)
@@ -35,11 +34,11 @@ def read(url: str) -> str:
         return answer.read().decode()
 
 
-def test_the_figures_of_a_real_answer_are_printed(
+def test_the_metrics_of_a_real_answer_are_printed(
     bus: Bus, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bus.client().generate("one two three four", model="echo")
-    wait_until(lambda: bus.running() == 0, "the slot is free")
+    wait_until(lambda: bus.running() == 0, "the slot to be free")
     assert main(["metrics", "--broker", bus.front]) == 0
     found = families(capsys.readouterr().out)
     assert found["tokenbus_tokens"] >= 4
@@ -78,7 +77,7 @@ def test_an_exporter_serves_them_and_says_when_the_broker_is_away(
                 error.close()
                 return False
 
-        wait_until(back, "the exporter finds the new broker")
+        wait_until(back, "the exporter to find the new broker")
     finally:
         exporter.kill()
 
@@ -104,7 +103,7 @@ def test_the_error_for_a_port_in_use_is_in_words(
     assert f"cannot listen at {where}: Address already in use; choose" in told
 
 
-def test_the_gateway_adds_the_figures_of_the_bus_to_its_own(bus: Bus, tmp_path: Path) -> None:
+def test_the_gateway_adds_the_metrics_of_the_bus_to_its_own(bus: Bus, tmp_path: Path) -> None:
     with running_gateway(bus) as gateway:
         both = families(read(f"{gateway.url}/metrics"))
         assert both["tokenbus_worker_ready"] == 2

@@ -1,4 +1,4 @@
-"""A caller that stops reading, or closes or forgets its client: its request is cancelled."""
+"""A request is cancelled if its caller stops reading, or closes or forgets the client."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def leave_by_forgetting(client: Client) -> None:
 )
 def test_a_caller_that_stops_reading_cancels(leave: Callable[[Client], None]) -> None:
     with ScriptedBroker(endless) as broker, Client(broker.address) as client:
-        client.query("bus.models")  # now there is a session, so the request is sent before the drop
+        client.query("bus.models")  # with a session, the request is sent before the caller leaves
         leave(client)
         broker.wait_for(MessageType.CANCEL)
 

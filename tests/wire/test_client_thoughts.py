@@ -1,4 +1,4 @@
-"""`chat` and `generate` keep what a model thinks apart from its answer."""
+"""`chat` and `generate` keep a model's thoughts apart from its answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_piped_output_is_the_answer_and_a_thought_is_shown_on_request(bus: Bus) 
     assert re.fullmatch(CLOSED, done.stderr)
 
 
-def test_stats_count_the_tokens_that_were_thought(bus: Bus) -> None:
+def test_stats_count_the_reasoning_tokens(bus: Bus) -> None:
     done = run("generate", "--broker", bus.front, "--stats", "--json", SAMPLED)
     thought = json.loads(done.stdout.splitlines()[-1])["usage"]["reasoning_tokens"]
     assert thought >= 5
@@ -51,7 +51,7 @@ def test_json_has_the_reasoning_beside_the_text(bus: Bus) -> None:
     assert "reasoning" not in done.stdout.replace("reasoning_tokens", "")
 
 
-def test_an_answer_that_ends_in_its_thought_says_why_there_is_none(bus: Bus) -> None:
+def test_an_answer_that_is_cut_off_within_its_thought_says_why_it_has_no_text(bus: Bus) -> None:
     done = run("generate", "--broker", bus.front, "--max-tokens", "10", SAMPLED)
     assert (done.returncode, done.stdout.strip()) == (0, "")
     assert "raise max_tokens" in done.stderr
@@ -80,7 +80,7 @@ def test_chat_shows_the_last_thought_when_asked(bus: Bus) -> None:
     assert "nothing was thought" in done.stderr and "show or fold or hide" in done.stderr
 
 
-def test_at_a_terminal_a_thought_is_dim_while_it_lasts_and_then_a_line(bus: Bus) -> None:
+def test_at_a_terminal_a_thought_is_dim_while_it_lasts_and_then_one_line(bus: Bus) -> None:
     person = Person("chat", "--broker", bus.front)
     person.sees("you> ")
     person.types("[[echo mode=sampled think_tokens=3 answer_tokens=2 step_delay_ms=50]] go\n")
@@ -92,8 +92,8 @@ def test_at_a_terminal_a_thought_is_dim_while_it_lasts_and_then_a_line(bus: Bus)
     assert person.leaves() == 0
     before, _, after = person.screen.partition("thought for ")
     during = before.split("go\r\n", 1)[1]
-    assert re.search(r"\x1b\[2m\w+", during), "the thought is seen, dimmed"
-    assert during.rstrip("\x1b[2m").endswith("\x1b[2K"), "and its last line is erased again"
+    assert re.search(r"\x1b\[2m\w+", during), "the thought is shown, dimmed"
+    assert during.rstrip("\x1b[2m").endswith("\x1b[2K"), "and its last line is erased afterwards"
     answer, whole = after.split("\n", 1)[1].split("you> ")[:2]
     assert answer.strip() and "\x1b[2m" not in answer
     assert len(re.findall(r"(?s)\x1b\[2m(.*?)\x1b\[0m", whole)[0].split()) == 3
@@ -150,5 +150,5 @@ def test_every_thought_is_closed_with_its_own_time_and_tokens(
     )
 
 
-def test_a_long_thought_is_told_in_minutes() -> None:
+def test_the_time_of_a_long_thought_is_given_in_minutes() -> None:
     assert told(187.4, 1) == "thought for 3 min 7 s (about 1 token)"

@@ -98,14 +98,14 @@ def test_no_thread_and_no_descriptor_stays_behind() -> None:
     with ScriptedBroker() as broker:
         threads = threading.active_count()
         with Client(broker.address) as client:
-            client.models()  # first let one-time objects be made
+            client.models()  # creates what exists once in a process
         wait_until(lambda: threading.active_count() <= threads, "the first thread's end")
         before = len(list(folder.iterdir()))
         for _ in range(10):
             with Client(broker.address) as client:
                 client.chat("demo", "x")
         wait_until(lambda: threading.active_count() <= threads, "the threads' end")
-        # Each connection of the broker's own side closes a moment later.
+        # The broker's end of each connection closes a moment later.
         wait_until(lambda: len(list(folder.iterdir())) <= before, "closed descriptors")
 
 
@@ -130,7 +130,7 @@ def test_timeouts_and_lost_connections_are_also_pythons_own_exceptions(
     assert not issubclass(library.Overloaded, OSError)
 
 
-def test_the_library_has_the_distributions_name_as_well(tmp_path: Path) -> None:
+def test_the_library_can_also_be_imported_as_tokenbus(tmp_path: Path) -> None:
     assert tokenbus.Client is Client and tokenbus.AsyncClient is library.AsyncClient
     assert set(tokenbus.__all__) == set(library.__all__)
     with pytest.raises(AttributeError):
@@ -174,7 +174,7 @@ def test_an_end_without_a_valid_vector_is_an_error() -> None:
 # --- event loops ----------------------------------------------------------------------------------
 
 
-def test_a_client_works_in_one_loop_after_the_other() -> None:
+def test_a_client_works_in_one_loop_after_another() -> None:
     with ScriptedBroker() as broker:
         client = AsyncClient(broker.address)
 

@@ -90,7 +90,7 @@ def test_a_worker_that_does_not_batch_says_so_at_any_width_and_why_where_there_i
     assert "ready, serial" in row
 
 
-def test_what_a_worker_computes_in_stands_with_its_device() -> None:
+def test_a_workers_dtype_is_shown_beside_its_device() -> None:
     seen = look()
     seen.workers[0]["numbers"] = {"demo": "bfloat16", "adapter": "bfloat16"}
     [row] = [line for line in screen(seen) if line.startswith("w1")]
@@ -104,7 +104,7 @@ def test_the_head_shows_load_queue_and_failures_by_code() -> None:
     assert "81.2 tokens/s" in second and "failed 4  (poison 4)" in second
 
 
-def test_rates_follow_from_two_looks_and_survive_another_broker() -> None:
+def test_rates_are_differences_of_two_looks_and_survive_another_broker() -> None:
     memory = Memory()
     memory.add(look(stats={"requests_total": 100}, at_s=1.0))
     memory.add(look(stats={"requests_total": 110}, at_s=3.0))
@@ -122,7 +122,7 @@ def test_failed_requests_have_a_list_of_their_own() -> None:
 
 @pytest.mark.parametrize("width", [12, 20, 36, 44, 58, 80, 132])
 @pytest.mark.parametrize("height", [3, 6, 10, 24, 50])
-def test_nothing_is_wider_or_higher_than_the_window(width: int, height: int) -> None:
+def test_nothing_is_wider_or_taller_than_the_window(width: int, height: int) -> None:
     seen = look(
         workers=[worker(f"worker-with-a-long-name-{i}", note="loading shard 3") for i in range(9)],
         requests=[request(i) for i in range(60)],
@@ -161,7 +161,7 @@ def test_a_bus_without_workers_says_what_to_start() -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_piped_it_is_one_look_in_plain_text(bus: Bus) -> None:
+def test_piped_it_prints_one_look_as_plain_text(bus: Bus) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "client", "top", "--broker", bus.front],
         capture_output=True,
@@ -173,7 +173,9 @@ def test_piped_it_is_one_look_in_plain_text(bus: Bus) -> None:
     assert "workers 2/2" in done.stdout and "\x1b" not in done.stdout
 
 
-def test_as_json_it_is_everything_in_one_line(bus: Bus, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_json_it_prints_everything_on_one_line(
+    bus: Bus, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["top", "--json", "--broker", bus.front]) == 0
     [text] = capsys.readouterr().out.splitlines()
     found = json.loads(text)
@@ -186,7 +188,7 @@ class Window:
 
     def __init__(self, *arguments: str, columns: int = 100, rows: int = 30) -> None:
         self._ours, theirs = pty.openpty()
-        # They would overrule the size of the terminal.
+        # They would override the size of the terminal.
         unsized = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
         self.before = termios.tcgetattr(theirs)
         self.resize(columns, rows)
@@ -281,7 +283,7 @@ def test_it_follows_the_bus_and_the_size_of_the_window(
     window.resize(30, 10)
     window.process.send_signal(signal.SIGWINCH)
     window.forget()
-    window.sees("running 0/16 \r\n")  # thirty cells and no more
+    window.sees("running 0/16 \r\n")  # thirty cells, no more
     # Redrawn in place and never cleared, which would flicker.
     assert "\x1b[2J" not in window.text
     window.presses("q")
@@ -311,7 +313,9 @@ def _latest(window: Window) -> str:
     return window.text
 
 
-def test_without_a_broker_it_says_so_in_plain_view(open_window: Callable[..., Window]) -> None:
+def test_without_a_broker_the_error_is_on_the_normal_screen(
+    open_window: Callable[..., Window],
+) -> None:
     window = open_window("--broker", "tcp://127.0.0.1:9", "--connect-timeout", "0.2")
     assert window.leaves() == 1
     assert "error:" in window.text and "no broker answered" in window.text
@@ -321,6 +325,6 @@ def test_without_a_broker_it_says_so_in_plain_view(open_window: Callable[..., Wi
 def test_the_cause_is_shown_however_long_the_connect_limit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A look has a shorter time limit than connecting, but must not hide the cause."""
+    """A look has a shorter time limit than a connection attempt, but must not hide its error."""
     assert main(["top", "--once", "--broker", "tcp://127.0.0.1:9", "--connect-timeout", "3.5"]) == 1
     assert "no broker answered at tcp://127.0.0.1:9" in capsys.readouterr().err

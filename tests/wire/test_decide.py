@@ -1,4 +1,4 @@
-"""Decisions through real processes: library, command line, a worker that is killed."""
+"""Decisions through real processes: library, command line, a killed worker."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUESTIONS: dict[str, Any] = {
     },
     "urgency": {"type": "score", "criteria": ["Can wait", "This week", "Today"]},
 }
-#: A PNG is only looked at by engines that see.
+#: The start of a PNG: the echo engine does not decode the images of a decision.
 IMAGE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -44,7 +44,7 @@ def client(bus: Bus) -> Any:
         yield made
 
 
-def test_answers_are_typed_and_stand_under_the_names_of_their_questions(client: Client) -> None:
+def test_answers_are_typed_and_keyed_by_the_names_of_their_questions(client: Client) -> None:
     decided = client.decide("echo", STATE, QUESTIONS)
     assert list(decided) == list(QUESTIONS) and decided.model == "echo" and decided.worker
     assert decided.usage.prompt_tokens > 0 and decided.usage.completion_tokens == 0
@@ -60,7 +60,7 @@ def test_answers_are_typed_and_stand_under_the_names_of_their_questions(client: 
         assert sum(answer.probabilities.values()) == pytest.approx(1)
 
 
-def test_both_faces_answer_alike_and_a_question_alone_as_in_company(
+def test_both_clients_agree_and_a_question_alone_has_the_same_answer_as_among_others(
     bus: Bus, client: Client
 ) -> None:
     async def ask() -> list[Decisions]:
@@ -123,14 +123,14 @@ def test_decisions_are_rerun_when_their_worker_is_killed(make_bus: Callable[...,
     bus.workers["w1"].signal(signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(client.decide, "echo", STATE, QUESTIONS, timeout=PATIENCE_S)
-        wait_until(lambda: bus.running() == 1, "a request at the worker that stands still")
+        wait_until(lambda: bus.running() == 1, "a request at the stopped worker")
         client.release("w2")
         bus.workers["w1"].kill()
         decided = asked.result(PATIENCE_S)
     assert decided.worker == "w2" and decided.answers == right
 
 
-def test_the_models_say_that_they_decide(client: Client) -> None:
+def test_a_models_kinds_include_decide(client: Client) -> None:
     assert "decide" in client.models()[0]["kinds"]
 
 

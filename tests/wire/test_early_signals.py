@@ -1,4 +1,4 @@
-"""A signal to stop that arrives before a program has loaded its modules."""
+"""A signal that asks a program to stop before it has loaded its modules."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("program", ["broker", "worker", "client.gateway"])
-def test_a_program_that_is_still_loading_stops_at_once_and_in_order(
+def test_a_program_that_is_still_loading_stops_at_once_and_cleanly(
     program: str, tmp_path: Path
 ) -> None:
-    """Process 1 of a container needs this too: the kernel drops signals without a handler."""
+    """Process 1 of a container depends on it: the kernel drops signals that it does not handle."""
     here = tmp_path / "loading"
     (tmp_path / "msgspec.py").write_text(_SLOW_MODULE.format(here=str(here)))
     path = os.pathsep.join((str(tmp_path), str(ROOT)))
@@ -43,7 +43,7 @@ def test_a_program_that_is_still_loading_stops_at_once_and_in_order(
 
 
 def _first_process_is_possible() -> bool:
-    """Whether a process can be made the first in its own namespace here."""
+    """Whether a process can be started here as PID 1 of a namespace of its own."""
     if shutil.which("unshare") is None:
         return False
     tried = subprocess.run([*_AS_FIRST, "true"], capture_output=True, timeout=PATIENCE_S)
@@ -53,13 +53,11 @@ def _first_process_is_possible() -> bool:
 _AS_FIRST = ("unshare", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc")
 
 
-@pytest.mark.skipif(not _first_process_is_possible(), reason="no namespace of processes here")
+@pytest.mark.skipif(not _first_process_is_possible(), reason="PID namespaces are not available")
 @pytest.mark.parametrize("loaded", [False, True], ids=["while it loads", "while it serves"])
 @pytest.mark.parametrize("program", ["broker", "worker", "client.gateway"])
-def test_process_1_of_a_container_stops_in_order(
-    program: str, loaded: bool, tmp_path: Path
-) -> None:
-    """The kernel delivers no signal to process 1 that it has no handler for."""
+def test_process_1_of_a_container_stops_cleanly(program: str, loaded: bool, tmp_path: Path) -> None:
+    """The kernel delivers a signal to process 1 only if that process has a handler for it."""
     arguments = {
         "broker": ["--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*"],
         "worker": ["--engine", "echo", "--no-progress", "--broker", "tcp://127.0.0.1:1"],
@@ -81,7 +79,7 @@ def test_process_1_of_a_container_stops_in_order(
         )
     try:
         begun = here.exists if not loaded else lambda: serves[program] in said.read_text()
-        wait_until(begun, f"{program} to be there")
+        wait_until(begun, f"{program} to be loading or serving")
         (first,) = _children(process.pid)
         os.kill(first, signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0, said.read_text()
