@@ -1,5 +1,4 @@
-"""The deployment examples are valid: commands that our programs accept, metrics that the bus
-has."""
+"""The deployment examples are valid: our programs accept their commands, and the metrics exist."""
 
 from __future__ import annotations
 
@@ -133,7 +132,7 @@ def test_the_kubernetes_services_lead_to_ports_and_pods_that_exist() -> None:
         named = {port["name"]: port["containerPort"] for port in container["ports"]}
         for port in ports:
             assert port.get("targetPort", port["port"]) in (*named, *named.values())
-    # Gateways find each other by a name that stands for all of them.
+    # Gateways find each other by one name, which resolves to all of them.
     [container] = pods["tokenbus-gateway"]["containers"]
     [peers] = check(container["args"]).peers
     services = {
@@ -168,7 +167,9 @@ def test_our_program_accepts_a_units_command(unit: Path) -> None:
     assert float(stop_s) > max(limits)
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
+)
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
 def test_systemd_accepts_a_unit(unit: Path, tmp_path: Path) -> None:
     name = unit.name.replace("@.", "@0.")
@@ -185,10 +186,10 @@ def test_systemd_accepts_a_unit(unit: Path, tmp_path: Path) -> None:
     assert not ours, done.stderr
 
 
-# --- figures --------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
-def told() -> set[str]:
+def existing_metrics() -> set[str]:
     """The names of all metrics of the bus and of a gateway."""
     bus = CoreBus()
     worker_peer, client_peer = bus.worker("w"), bus.client()
@@ -211,7 +212,7 @@ def test_the_dashboard_shows_only_existing_metrics() -> None:
         for name in re.findall(r"tokenbus_\w+", target["expr"])
     }
     assert len(shown) > 20
-    assert shown <= told(), shown - told()
+    assert shown <= existing_metrics(), shown - existing_metrics()
     places = [tuple(panel["gridPos"][key] for key in "xywh") for panel in board["panels"]]
     assert all(x + w <= 24 for x, _, w, _ in places) and len(set(places)) == len(places)
 
@@ -222,7 +223,7 @@ def test_the_alerts_use_only_existing_metrics() -> None:
     assert len({rule["alert"] for rule in alerts}) == len(alerts) >= 8
     for rule in alerts:
         names = set(re.findall(r"tokenbus_\w+", rule["expr"]))
-        assert names and names <= told(), rule["alert"]
+        assert names and names <= existing_metrics(), rule["alert"]
         assert rule["annotations"]["summary"] and rule["labels"]["severity"] in ("page", "ticket")
 
 
@@ -248,7 +249,7 @@ def test_compose_accepts_the_files(files: list[str]) -> None:
     named = [word for file in files for word in ("-f", str(DEPLOY / file))]
     done = subprocess.run(["docker", "compose", *named, "config"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    # In its merged form, the commands are still ones that our programs accept.
+    # Our programs still accept the commands of the merged file.
     merged = yaml.safe_load(done.stdout)["services"]
     for service in merged.values():
         check(service["command"])
@@ -265,13 +266,13 @@ def test_every_image_has_the_tag_of_this_version() -> None:
     assert {image.partition(":")[2] for image in images} == {version}
 
 
-def test_the_scrape_asks_for_scopes_that_the_gateway_knows() -> None:
+def test_the_gateway_is_scraped_only_for_its_own_metrics() -> None:
     [prometheus] = documents("prometheus.yaml")
     jobs = prometheus["scrape_configs"]
     assert [job.get("params", {}).get("scope") for job in jobs] == [None, ["gateway"]]
 
 
-def test_the_commands_of_the_page_for_fastchats_users_are_ours() -> None:
+def test_the_commands_in_the_guide_for_fastchat_users_are_valid() -> None:
     text = (ROOT / "client" / "gateway" / "FROM_FASTCHAT.md").read_text()
     commands = re.findall(r"`python -m ((?:broker|worker|client)[^`]*)`", text)
     whole = [line.split() for line in commands if " keys " not in line and "--" in line]

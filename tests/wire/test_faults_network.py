@@ -47,7 +47,7 @@ def proxied_bus(folder: Path, *broker_options: str) -> Iterator[Proxied]:
 
 
 def hold_and_release(proxy: Proxy) -> None:
-    """Stop the network for longer than any peer waits, then deliver what it kept."""
+    """Stop the network for longer than any peer waits, then deliver what was held back."""
     proxy.hold()
     time.sleep(SILENT_S)  # its length is the fault
     proxy.release()

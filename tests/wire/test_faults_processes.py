@@ -1,5 +1,6 @@
-"""Faults of processes and of the machine: stopped and killed clients, a full disk, no descriptor
-left, strangers who come and go.
+"""Faults of processes and of the machine.
+
+Clients are stopped and killed, disks are full, descriptors run out, strangers come and go.
 
 For a longer version, with every fault in the middle of fifty streams, see `bench.chaos`.
 """
@@ -93,7 +94,7 @@ def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path) -> None:
         assert broker.terminate(PATIENCE_S) == 0
 
 
-def test_without_a_descriptor_left_the_open_streams_go_on_and_others_are_served_later(
+def test_if_descriptors_run_out_open_streams_go_on_and_new_clients_are_served_later(
     tmp_path: Path,
 ) -> None:
     with running_bus(tmp_path, 1) as bus:
@@ -117,11 +118,11 @@ def test_without_a_descriptor_left_the_open_streams_go_on_and_others_are_served_
 
             assert read_all(client, 6, take_every_descriptor) == [0] * 6
         assert bus.client().generate("again", model="echo").text == "again"
-        # Accept fails many thousand times a second: that must not fill the disk.
+        # accept() fails many thousand times a second, which must not fill the disk.
         assert len(bus.broker.log().splitlines()) < 500
 
 
-def test_thousands_of_connections_that_come_and_go_leave_no_trace(tmp_path: Path) -> None:
+def test_thousands_of_connections_that_come_and_go_leave_nothing_behind(tmp_path: Path) -> None:
     with running_bus(tmp_path, 1, "--client-heartbeat-s", "0.5") as bus:
         client = bus.client()
 

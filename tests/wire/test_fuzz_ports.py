@@ -1,4 +1,4 @@
-"""Hostile bytes at both ports of a broker process, while honest streams go on.
+"""Hostile bytes at both ports of a broker process while honest streams go on.
 
 The codec and the core are fuzzed in `tests/protocol` and `tests/core`; `bench.chaos` sends hundreds
 of thousands of these messages.
@@ -28,7 +28,7 @@ HOSTILE_MESSAGES = 1500
 
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bus]:
-    """A bus only for these tests, since strangers must not affect others."""
+    """A bus only for these tests, so that their strangers do not disturb others."""
     with running_bus(tmp_path_factory.mktemp("fuzzed"), workers=2) as bus:
         yield bus
 
@@ -51,7 +51,7 @@ def test_streams_beside_hostile_messages_of_every_kind_go_on_unaltered(busy: Bus
     def pester() -> None:
         for address, role in both_ports(busy):
             sent = strangers.pester(address, 17, HOSTILE_MESSAGES, role=role)
-            assert sent > HOSTILE_MESSAGES / 2, "most of them arrived"
+            assert sent > HOSTILE_MESSAGES / 2, "most of them were sent"
             strangers.talk_nonsense(address, 17, 60)
 
     assert read_all(client, 6, pester) == [0] * 6

@@ -1,4 +1,4 @@
-"""Memory that the C library keeps back goes back to the system."""
+"""Memory that the C library retains is returned to the system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def anonymous_kib():
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
 trimmer = HeapTrimmer()
-# Every second block goes: holes of several pages, and the top of the heap stays in use.
+# Free every second block: this leaves holes of several pages, and the top of the heap in use.
 blocks = [bytearray(20_000) for _ in range(4000)]
 kept = blocks[1::2]
 del blocks
@@ -29,7 +29,7 @@ print(before - anonymous_kib())
 """
 
 
-def test_it_trims_when_a_minute_has_passed_and_not_before() -> None:
+def test_it_trims_once_a_minute_has_passed_and_not_before() -> None:
     time_s, trimmed = 100.0, []
     heap = HeapTrimmer(lambda kept: trimmed.append(kept) or 1, clock=lambda: time_s)
     heap.tend(100.0 + EVERY_S - 1)
@@ -64,7 +64,7 @@ def test_a_heap_that_takes_long_to_trim_is_trimmed_less_often() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
-def test_holes_between_what_is_in_use_are_given_back() -> None:
+def test_holes_between_live_blocks_are_returned_to_the_system() -> None:
     run = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
-    # Of 40 MB of holes, less what fills their first and last pages.
+    # The holes are 40 MB in all, but their first and last pages are shared with live blocks.
     assert int(run.stdout) > 20_000

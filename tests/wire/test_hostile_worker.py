@@ -39,7 +39,7 @@ def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
 
 @contextmanager
 def worker(broker: BrokerProcess, name: str, slots: int) -> Iterator[RawPeer]:
-    """A worker that sends what the test tells it to."""
+    """A worker that sends what the test says."""
     peer = RawPeer(broker.back)
     try:
         yield ready(peer, name, slots)
@@ -76,7 +76,7 @@ class Stream(threading.Thread):
 
 
 def forged(request_id: bytes, request: Request) -> bytes:
-    """Tokens for a request that runs elsewhere, even with its epoch."""
+    """Tokens for a request that runs elsewhere, with the right epoch."""
     assert request.resume is not None
     return codec.encode_events([TokensEvent(request_id, request.resume.epoch, 1, [6], "EVIL ")])
 
@@ -107,7 +107,7 @@ def test_a_worker_cannot_write_into_a_request_that_moved_away_and_is_cut_off(
         id_again, moved, request = honest.assigned()
         assert id_again == id_ and isinstance(moved, Assign)
         say(evil, route.reply_to, lie(id_, request))
-        # What comes after the end of the request is nobody's, and not reported.
+        # Output after the end of the request belongs to nobody and is not reported.
         wait_until(lambda: "worker cut off" in broker.log, "the worker's name in the log")
         epoch = moved.epoch
         end = EndEvent(id_, epoch, 2, FinishReason.STOP, "", Usage(), Timings())

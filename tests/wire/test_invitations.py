@@ -1,5 +1,7 @@
-"""Somebody joins a bus with one line, through a TCP proxy if need be, until the line's time is over
-or its name is revoked; the broker is not restarted."""
+"""A peer joins a bus with one line, even through a TCP proxy, until the line expires or is revoked.
+
+The broker is not restarted.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,7 @@ def client_of(line: str | Path, address: str | None = None) -> Client:
     return Client(address, join=line, timeout=Timeout(connect=PATIENCE_S, total=PATIENCE_S))
 
 
-# --- the whole way --------------------------------------------------------------------------------
+# --- joining and leaving --------------------------------------------------------------------------
 
 
 def test_a_desktop_joins_with_one_line_through_a_proxy_and_is_revoked_by_name(
@@ -96,15 +98,15 @@ def test_a_desktop_joins_with_one_line_through_a_proxy_and_is_revoked_by_name(
         *("--worker-id", "desktop", "--no-progress"),
     )
     home.bus.workers["desktop"] = desktop
-    wait_until(lambda: home.workers() == ["desktop"], "the desktop has joined")
+    wait_until(lambda: home.workers() == ["desktop"], "the desktop to join")
     person = invited(keys, "person", "--role", "client", "--address", home.front.address)
     with client_of(person) as client:
         assert client.chat("echo", "hello", max_tokens=8).text
         assert home.back.accepted and home.front.accepted, "both went through a proxy"
         told = invite.revoke([str(keys), "desktop"], program="revoke")
         assert "off workers.allow" in told
-        wait_until(lambda: home.workers() == [], "its session has ended")
-        wait_until(lambda: "allow-list" in desktop.log(), "it says why")
+        wait_until(lambda: home.workers() == [], "the desktop's session to end")
+        wait_until(lambda: "allow-list" in desktop.log(), "the desktop to say why")
         invite.revoke([str(keys), "person"], program="revoke")
 
         def refused() -> bool:
@@ -114,15 +116,15 @@ def test_a_desktop_joins_with_one_line_through_a_proxy_and_is_revoked_by_name(
                 return True
             return False
 
-        wait_until(refused, "the person's session has ended")
+        wait_until(refused, "the person's session to end")
 
 
-def test_an_invitation_ends_by_itself_and_so_does_its_session(keys: Path, home: Home) -> None:
+def test_an_invitation_expires_and_its_session_ends_with_it(keys: Path, home: Home) -> None:
     line = invited(
         keys, "guest", "--role", "client", "--address", home.bus.front, "--expires", "15s"
     )
     with client_of(line) as client:
-        wait_until(lambda: client.query("bus.version"), "the guest is in")
+        wait_until(lambda: client.query("bus.version"), "the guest to be let in")
 
         def refused() -> bool:
             try:
@@ -131,7 +133,7 @@ def test_an_invitation_ends_by_itself_and_so_does_its_session(keys: Path, home: 
                 return True
             return False
 
-        wait_until(refused, "the guest is out")
+        wait_until(refused, "the guest to be shut out")
     assert home.operator.query("bus.version"), "others stay"
     with pytest.raises(Exception, match="ask for a new one"):
         client_of(line)
@@ -152,7 +154,7 @@ def test_the_lists_say_who_may_connect_and_until_when(keys: Path) -> None:
     assert "client.key_secret is of no use" in invite.revoke([str(keys), "client"], program="")
 
 
-def test_the_line_has_what_the_broker_wants_and_no_file_keeps_its_secret(keys: Path) -> None:
+def test_the_line_has_what_the_broker_expects_and_no_file_keeps_its_secret(keys: Path) -> None:
     line = invited(keys, "desktop", "--address", "tcp://bus.example:443")
     made = invitation.parse(line)
     assert made.brokers == ["tcp://bus.example:443"]
@@ -162,7 +164,7 @@ def test_the_line_has_what_the_broker_wants_and_no_file_keeps_its_secret(keys: P
     assert all(path.stat().st_mode & 0o077 == 0 for path in keys.iterdir())
 
 
-def test_an_entry_that_has_ended_lets_nobody_in(keys: Path) -> None:
+def test_an_expired_entry_admits_nobody(keys: Path) -> None:
     public, _ = auth.fresh_pair()
     auth.allow(keys, "worker", public, "old", time.time() - 5)
     soon = time.time() + 600
@@ -176,7 +178,7 @@ def test_an_entry_that_has_ended_lets_nobody_in(keys: Path) -> None:
         auth.load_allow_lists(keys)
 
 
-def test_a_list_that_an_editor_is_writing_is_not_read(keys: Path) -> None:
+def test_a_list_is_not_read_while_an_editor_writes_it(keys: Path) -> None:
     with zmq.Context() as context:
         gate = auth.Gate(context, keys, Logger(io.StringIO()))
         try:
@@ -206,9 +208,7 @@ def test_a_list_that_an_editor_is_writing_is_not_read(keys: Path) -> None:
         (lambda line: line.replace("tokenbus1.", "tokenbus9."), "neither an invitation"),
     ],
 )
-def test_a_line_that_is_spoilt_is_refused_with_the_reason(
-    keys: Path, spoil: object, word: str
-) -> None:
+def test_a_damaged_line_is_refused_with_the_reason(keys: Path, spoil: object, word: str) -> None:
     line = invited(keys, "desktop")
     with pytest.raises(InvitationError, match=word):
         invitation.read(spoil(line), "worker")  # type: ignore[operator]
@@ -228,12 +228,12 @@ def test_a_file_that_others_can_read_is_refused(keys: Path, tmp_path: Path) -> N
         invitation.read(str(file), "worker")
 
 
-def test_a_workers_line_is_not_a_clients(keys: Path) -> None:
+def test_a_workers_line_is_refused_by_a_client(keys: Path) -> None:
     with pytest.raises(InvitationError, match="python -m worker --join takes it"):
         invitation.read(invited(keys, "desktop"), "client", "operator")
 
 
-def test_the_worker_takes_address_and_keys_from_it(keys: Path) -> None:
+def test_the_worker_takes_address_and_keys_from_the_line(keys: Path) -> None:
     line = invited(keys, "desktop", "--address", "tcp://bus.example:443")
     config = worker_config.parse(["--engine", "echo", "--join", line], {})
     assert config.brokers == ("tcp://bus.example:443",)

@@ -29,7 +29,7 @@ def exists(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def test_a_bus_with_keys_serves_and_ends_without_a_trace(tmp_path: Path) -> None:
+def test_a_bus_with_keys_serves_and_leaves_no_process_behind(tmp_path: Path) -> None:
     with LocalBus(tmp_path, keys=True, start_s=PATIENCE_S, stop_s=PATIENCE_S) as bus:
         bus.start_broker()
         bus.start_worker("w1")
@@ -95,7 +95,7 @@ def test_a_process_that_does_not_end_is_killed_with_its_children(tmp_path: Path)
     wait_until(lambda: not exists(child), "the end of its child")
 
 
-def test_settings_of_this_machine_do_not_reach_it(
+def test_environment_settings_of_the_caller_do_not_reach_a_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKENBUS_WORKER_SLOTS", "3")

@@ -1,4 +1,4 @@
-"""`--models` on a real bus: models take turns at a worker, by demand and by the operator."""
+"""`--models` on a real bus: models are loaded and unloaded on demand and by the operator."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_models_are_loaded_as_they_are_asked_for(bus: Bus) -> None:
         assert loaded(bus) == [model]
 
 
-def test_those_who_wait_are_told_how_far_it_is(bus: Bus) -> None:
+def test_a_waiting_client_learns_the_progress_of_the_load(bus: Bus) -> None:
     bus.start_worker("w1", "--models", "a,b", load_ms=3500)
     bus.wait_ready(1)
     events = list(bus.client().generate("hello", model="b", stream=True))
@@ -61,7 +61,7 @@ def test_many_clients_of_two_models_all_get_their_answers(bus: Bus) -> None:
 
     with ThreadPoolExecutor(16) as pool:
         assert not any(pool.map(ask, range(48)))
-    # Sixteen wait for each at a time: a swap for every request would be forty-eight.
+    # Many requests for each model wait at the same time: one swap for each request would be 48.
     assert client.query("bus.stats")["swaps_total"] <= 16
 
 
@@ -105,7 +105,7 @@ def test_a_model_that_nobody_asks_for_is_unloaded(bus: Bus) -> None:
     assert bus.client().generate("again", model="a").text == "again"
 
 
-def test_a_model_that_cannot_be_loaded_is_told_and_the_others_are_served(
+def test_a_model_that_cannot_be_loaded_is_reported_and_the_others_are_served(
     bus: Bus, tmp_path: Path
 ) -> None:
     pytest.importorskip("torch")
@@ -118,7 +118,7 @@ def test_a_model_that_cannot_be_loaded_is_told_and_the_others_are_served(
     bus.start_worker("w1", "--models", str(tmp_path / "models"), engine="transformers")
     bus.wait_ready(1)
     client = bus.client()
-    # The time of each is far beyond that of a load, and the end of it would be another error.
+    # Each request may take far longer than a load, and a time-out would be another error.
     for _ in range(2):
         with pytest.raises(ModelUnavailable, match=r"'broken' cannot be loaded: .*config") as told:
             client.generate("hello", model="broken", timeout=PATIENCE_S)
@@ -147,7 +147,7 @@ def test_requests_for_the_only_model_fail_if_it_cannot_be_loaded(bus: Bus, tmp_p
             waits.result()
 
 
-def test_who_waits_at_the_gateway_sees_how_far_the_model_is(bus: Bus) -> None:
+def test_a_client_that_waits_at_the_gateway_sees_the_progress_of_the_load(bus: Bus) -> None:
     bus.start_worker("w1", "--models", "a,b", load_ms=6000)
     bus.wait_ready(1)
     body = {"model": "b", "messages": [{"role": "user", "content": "hello"}], "stream": True}
@@ -179,7 +179,7 @@ def test_as_many_models_are_loaded_as_fit_into_the_memory(bus: Bus) -> None:
     client = bus.client()
     for model in "abc":
         assert client.generate("hello", model=model).text == "hello"
-        wait_until(lambda model=model: occupied(bus).get(model), "it to be measured")
+        wait_until(lambda model=model: occupied(bus).get(model), "its memory to be measured")
     wait_until(lambda: loaded(bus) == ["b", "c"], "the least recently used to be unloaded")
     assert client.generate("again", model="a").text == "again"
     wait_until(lambda: loaded(bus) == ["a", "c"], "a to be loaded in place of b")
@@ -208,7 +208,7 @@ def test_the_death_of_one_engine_leaves_the_other_models_streams_alone(bus: Bus)
     words = "one two three four five six seven eight"
     assert client.generate(words, model="a").text == words
     of_a = engine_of(worker.pid)
-    # Loaded before the streams begin, of which the first would else be over on a busy machine.
+    # Load b before the streams begin: on a busy machine, the first would end while b is loaded.
     assert client.generate(words, model="b").text == words
     slow = {"echo": {"step_delay_ms": 60}}
     streams = {

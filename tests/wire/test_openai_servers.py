@@ -1,5 +1,8 @@
-"""Workers in front of servers that already run, on a real bus: servers are killed in the middle of
-streams, come back, refuse, and the clients are told how their answers went on."""
+"""Workers in front of running OpenAI-compatible servers, on a real bus.
+
+Servers are killed in the middle of streams, come back or refuse, and clients learn how their
+answers went on.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def ask(client: Client, text: str, **fields: Any) -> Any:
 
 
 def killed_in_the_middle(bus: Bus, servers: dict[str, StandIn], **fields: Any) -> Any:
-    """An answer whose server was killed after some tokens: its text, how it went on, its end."""
+    """Kill the server of an answer after some tokens; return its text, how it went on, its end."""
     texts: list[str] = []
     continued: list[str] = []
     fields = {"temperature": 0, "max_tokens": 20, "seed": 7, **fields}
@@ -72,7 +75,7 @@ def test_a_stream_survives_its_server_and_says_how(bus: Bus, manner: str) -> Non
 
 
 def test_a_server_that_comes_back_is_served_again(bus: Bus) -> None:
-    """One worker, one server: the stream waits for it and goes on; the worker says why it waits."""
+    """With one server, the stream waits for it and goes on; the worker says what it waits for."""
     with StandIn(delay_ms=30) as server:
         front(bus, "one", server)
         bus.wait_ready(1)
@@ -103,7 +106,7 @@ def test_a_server_that_comes_back_is_served_again(bus: Bus) -> None:
         assert "is gone" in bus.workers["one"].log()
 
 
-def test_a_busy_server_is_asked_again(bus: Bus) -> None:
+def test_a_request_to_a_busy_server_is_retried(bus: Bus) -> None:
     with StandIn() as server:
         front(bus, "one", server)
         bus.wait_ready(1)
@@ -111,7 +114,7 @@ def test_a_busy_server_is_asked_again(bus: Bus) -> None:
         assert len([b for b in server.bodies() if "#busy" in str(b)]) == 2
 
 
-def test_a_connection_that_breaks_alone_goes_on_at_the_same_server(bus: Bus) -> None:
+def test_an_answer_whose_connection_breaks_goes_on_at_the_same_server(bus: Bus) -> None:
     with StandIn(delay_ms=5) as server:
         front(bus, "one", server)
         bus.wait_ready(1)
@@ -120,8 +123,8 @@ def test_a_connection_that_breaks_alone_goes_on_at_the_same_server(bus: Bus) -> 
         assert answer.continued == "text"
 
 
-def test_a_mixed_pool_moves_an_answer_only_to_whom_it_can(bus: Bus) -> None:
-    """Ids that carry text never reach a worker that would take them for its model's."""
+def test_in_a_mixed_pool_an_answer_moves_only_to_a_worker_that_can_continue_it(bus: Bus) -> None:
+    """Ids that carry text never reach a worker that would read them as its model's own."""
     with StandIn(delay_ms=30) as server:
         front(bus, "one", server)
         bus.wait_ready(1)
@@ -147,7 +150,7 @@ def test_a_mixed_pool_moves_an_answer_only_to_whom_it_can(bus: Bus) -> None:
         assert len(stream.text_so_far.split()) == 20
 
 
-def test_what_the_server_refuses_is_the_callers_fault_and_no_poison(bus: Bus) -> None:
+def test_what_the_server_refuses_is_the_callers_fault_and_not_poison(bus: Bus) -> None:
     with StandIn() as server:
         front(bus, "one", server)
         bus.wait_ready(1)

@@ -104,7 +104,7 @@ def test_a_malformed_address_is_named_and_leaves_no_socket(address: str) -> None
     context: zmq.Context[Any] = zmq.Context()
     with pytest.raises(CannotConnect, match=f"cannot connect to {address}: "):
         Dealer(context, address, None, CLIENT)
-    context.term()  # would wait for a socket that is still open
+    context.term()  # would hang if a socket were still open
 
 
 def test_messages_from_before_a_loss_can_still_be_received(
@@ -134,7 +134,7 @@ def test_messages_that_the_socket_does_not_accept_are_kept_in_order(
     while dealer.send((b"%d" % sent, bytes(1 << 16))):
         sent += 1
     assert dealer.blocked
-    assert dealer.send((b"last",)), "only the first refused message is reported"
+    assert dealer.send((b"last",)), "only the first message that does not fit is reported"
     heard: list[bytes] = []
 
     def drain() -> bool:
@@ -149,7 +149,7 @@ def test_messages_that_the_socket_does_not_accept_are_kept_in_order(
 
 @pytest.mark.parametrize("party", [WORKER, CLIENT, RELAY], ids=["worker", "client", "relay"])
 @pytest.mark.parametrize("secured", [False, True])
-def test_curve_on_one_side_only_is_told_in_the_words_of_the_party(
+def test_curve_on_one_side_only_is_reported_in_the_words_of_the_party(
     router: zmq.Socket[bytes], make: MakeDealer, party: Party, secured: bool
 ) -> None:
     public, secret = zmq.curve_keypair()
@@ -162,7 +162,7 @@ def test_curve_on_one_side_only_is_told_in_the_words_of_the_party(
     assert "CURVE" in report.lost or party.door in report.lost
 
 
-def test_messages_of_a_party_are_bounded_by_what_it_may_be_sent(
+def test_a_message_larger_than_a_party_may_be_sent_ends_its_connection(
     router: zmq.Socket[bytes], make: MakeDealer
 ) -> None:
     dealer = make(listening(router), party=replace(CLIENT, max_frame_bytes=1000))

@@ -1,5 +1,7 @@
-"""Workers as jobs of a real Slurm, where it is installed: they come when requests wait, a stream
-outlives its job, and they go when nothing waits."""
+"""Workers as jobs of a real Slurm, if it is installed.
+
+Jobs start when requests wait and end when none do, and a stream outlives its job.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"Slurm: {slurm.mi
 
 TOKENS = 700
 STEP_MS = 100
-"""70 s: longer than the shortest limit that Slurm knows, a minute."""
+"""70 s in all: longer than the shortest time limit that Slurm allows, a minute."""
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
-"""The client on the protocol's page runs as it stands there: through an answer that is longer than
-its window and than the broker's patience, and through the death of its worker in the middle."""
+"""The sample client in SPEC.md runs as printed.
+
+It reads an answer that is longer than its window and takes longer than the broker's liveness limit,
+although the worker dies in the middle.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from tests.harness import ROOT, WHOLE_RUN_S, Bus, wait_until
 
 PAGE = ROOT / "broker" / "protocol" / "SPEC.md"
 TOKENS = 9000
-"""More than two windows of 4,096: a RESUME with the first window would stop there."""
+"""More than two windows of 4,096 tokens: a RESUME that sent the first window would stop there."""
 KILLED_AT_BYTES = 20_000
 TOKENS_PER_S = 800
-"""So slow that a WINDOW, sent each 2,048 tokens, is not sign of life enough: HEARTBEATs matter."""
+"""So slow that a WINDOW every 2,048 tokens does not show that the client lives: it must beat."""
 HEARTBEAT_S, LIVENESS = 0.5, 3
 OPTIONS = ("--client-heartbeat-s", str(HEARTBEAT_S), "--client-liveness", str(LIVENESS))
 ENGINE: dict[str, object] = {
@@ -25,7 +28,7 @@ ENGINE: dict[str, object] = {
     "tokens_per_step": TOKENS_PER_S // 100,
 }
 SILENT = "silent for"
-"""What the broker logs of a client that it drops."""
+"""What the broker logs about a client that it drops."""
 
 
 def sample() -> str:
@@ -34,7 +37,7 @@ def sample() -> str:
     return found[1]
 
 
-def test_the_client_on_the_page_reads_a_long_answer_over_the_death_of_its_worker(
+def test_the_sample_client_reads_a_long_answer_although_its_worker_dies(
     tmp_path: Path,
 ) -> None:
     answer = tmp_path / "answer"
@@ -51,7 +54,7 @@ def test_the_client_on_the_page_reads_a_long_answer_over_the_death_of_its_worker
                 assert client.wait(WHOLE_RUN_S) == 0
             finally:
                 client.kill()
-        # The same, as fast as it goes.
+        # The same answer, as fast as possible.
         quick = {"template_args": {"echo": {"step_delay_ms": 0}}}
         whole = bus.client().generate("Once", max_tokens=TOKENS, seed=7, **quick).text
         story = bus.broker.log()
@@ -59,8 +62,8 @@ def test_the_client_on_the_page_reads_a_long_answer_over_the_death_of_its_worker
     assert SILENT not in story, "the sample sends heartbeats while tokens come"
 
 
-def test_a_client_that_beats_by_what_it_heard_last_would_be_noticed(tmp_path: Path) -> None:
-    """The mistake of the first sample; without this the test above might prove nothing."""
+def test_a_client_that_sends_no_heartbeats_while_it_hears_would_be_noticed(tmp_path: Path) -> None:
+    """The first sample made this mistake. If nobody noticed, the test above would prove nothing."""
     right = "self.expected, self.heard = self.expected + 1, time.monotonic()"
     assert sample().count(right) == 1
     wrong = sample().replace(right, f"{right}; self.sent = self.heard")

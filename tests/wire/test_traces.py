@@ -1,5 +1,4 @@
-"""Traces from the gateway through the broker to the engine, checked with OpenTelemetry's own
-SDK."""
+"""Traces from the gateway through the broker to the engine, checked by the OpenTelemetry SDK."""
 
 from __future__ import annotations
 
@@ -75,7 +74,7 @@ def milliseconds(span: ReadableSpan) -> float:
 
 
 class ScriptedEngine:
-    """The link's engine side, which returns the events that a test wants."""
+    """The link's view of an engine, which returns the events that a test sets."""
 
     pipe = None
     waiting = False

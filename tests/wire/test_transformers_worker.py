@@ -1,5 +1,8 @@
-"""A worker process of the transformers engine on a real bus: the bundled model, a LoRA adapter
-beside it, and every kind of request that is not a stream of text."""
+"""A worker process with the transformers engine on a real bus.
+
+It serves the bundled model and a LoRA adapter, and answers every kind of request that is not a
+stream of text.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def bus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bus]:
         bus.stop()
 
 
-def test_texts_become_tokens_and_tokens_texts(bus: Bus) -> None:
+def test_text_becomes_tokens_and_tokens_text(bus: Bus) -> None:
     client = bus.client()
     ids = client.tokenize("a red circle", model="demo")
     assert "a red circle" in client.detokenize(ids, model="demo")
@@ -105,7 +108,7 @@ def test_the_models_details_are_known_to_the_bus(bus: Bus) -> None:
     assert rows["demo"]["details"]["scheduler"] == "slots"
 
 
-def test_the_bus_knows_engine_and_device_as_they_turned_out(bus: Bus) -> None:
+def test_the_bus_knows_the_engine_the_device_and_the_dtype_that_auto_chose(bus: Bus) -> None:
     (row,) = bus.rows()
     assert row["engine"] == "transformers"
     assert row["numbers"] == {"demo": "float32", "odd": "float32"}

@@ -52,7 +52,7 @@ def relay_pid(lower: Bus) -> int:
 
 @pytest.fixture
 def pair(make_bus: MakeBus) -> tuple[Bus, Bus]:
-    """An upper broker without workers of its own; below it a bus of two workers of four slots."""
+    """An upper broker with no workers of its own; below it a bus with two workers of four slots."""
     upper = make_bus(0)
     lower = make_bus(2, "--upstream", upper.back, slots=4)
     wait_free(upper, 8)
@@ -85,7 +85,7 @@ def test_the_upper_bus_answers_as_the_lower_one_does(pair: tuple[Bus, Bus]) -> N
     wait_free(upper, 8)
 
 
-def test_an_error_of_the_lower_bus_is_the_same_above(pair: tuple[Bus, Bus]) -> None:
+def test_an_error_of_the_lower_bus_is_the_same_at_the_upper_one(pair: tuple[Bus, Bus]) -> None:
     upper, lower = pair
     told = []
     for bus in (upper, lower):
@@ -163,7 +163,7 @@ LENGTH = 150
 
 @pytest.fixture
 def expected(pair: tuple[Bus, Bus]) -> list[list[int]]:
-    """The answers of the streams below if nothing happens to them."""
+    """The answers to these streams if nothing fails."""
     client = pair[1].client()
     return [client.chat("echo", "x", seed=n, **sampled(LENGTH)).token_ids for n in range(STREAMS)]
 
@@ -174,7 +174,7 @@ def stream_through(upper: Bus, strike: Callable[[], None]) -> list[Any]:
     begun = threading.Barrier(STREAMS + 1)
 
     def read(seed: int) -> Any:
-        # None can end before the slowest has begun: the window limits those that wait.
+        # The window keeps each stream from ending before the slowest has begun.
         options = {"stream": True, "window": WINDOW_TOKENS, **sampled(LENGTH, 10)}
         stream = client.chat("echo", "x", seed=seed, **options)
         count = 0
@@ -216,7 +216,7 @@ def _stop_the_relay_for_a_while(upper: Bus, lower: Bus) -> None:
     pid = relay_pid(lower)
     os.kill(pid, signal.SIGSTOP)
     try:
-        wait_until(lambda: not relays(upper), "the upper broker misses the relay")
+        wait_until(lambda: not relays(upper), "the upper broker to miss the relay")
     finally:
         os.kill(pid, signal.SIGCONT)
 
@@ -243,12 +243,12 @@ def test_whatever_dies_the_text_is_the_same(
     answers = stream_through(upper, lambda: strike(upper, lower))
     assert [answer.token_ids for answer in answers] == expected
     if strike in (_kill_a_worker, _kill_the_lower_broker):
-        assert {answer.resumed for answer in answers} == {0}, "it is not noticed above"
+        assert {answer.resumed for answer in answers} == {0}, "the upper bus does not notice"
     if strike is _kill_the_relay:
         # The next relay attached to the running requests below; no worker restarted them.
         stats = lower.client().query("bus.stats")
         assert stats["attached_total"] == STREAMS
-        assert stats["assigned_total"] == 2 * STREAMS, "these, and what they were compared with"
+        assert stats["assigned_total"] == 2 * STREAMS, "these, and the expected answers"
     wait_free(upper, 4 if strike is _kill_a_worker else 8)
     lower.wait_idle()
 
@@ -259,14 +259,14 @@ def test_a_lower_broker_that_is_stopped_drains_upward(
     upper, lower = pair
     answers = stream_through(upper, lambda: lower.broker.popen.terminate())  # type: ignore[union-attr]
     assert [answer.token_ids for answer in answers] == expected
-    assert {answer.resumed for answer in answers} == {0}, "what ran was finished"
+    assert {answer.resumed for answer in answers} == {0}, "running streams were finished"
     assert lower.broker.popen.wait(PATIENCE_S) == 0
     assert not relays(upper)
     log = upper.broker.log()
     assert "worker drains" in log and '"why": "drained", "lost": false' in log
 
 
-def test_at_the_end_of_a_drain_streams_move_to_others(make_bus: MakeBus) -> None:
+def test_streams_that_outlast_a_drain_move_to_other_workers(make_bus: MakeBus) -> None:
     upper = make_bus(1, slots=8)
     lower = make_bus(1, "--upstream", upper.back, "--shutdown-grace-s", "0.3", slots=8)
     wait_free(upper, 8)
@@ -278,7 +278,7 @@ def test_at_the_end_of_a_drain_streams_move_to_others(make_bus: MakeBus) -> None
     assert {answer.worker for answer in answers} == {"w1"}
 
 
-# --- how brokers are put together -----------------------------------------------------------------
+# --- topologies -----------------------------------------------------------------------------------
 
 
 def test_a_lower_broker_without_workers_offers_nothing_until_it_has_some(
@@ -308,7 +308,7 @@ def test_brokers_can_be_stacked(make_bus: MakeBus) -> None:
     assert texts == [f"text {n}" for n in range(40)]
 
 
-def test_one_broker_serves_several_above_from_one_pool(make_bus: MakeBus) -> None:
+def test_one_broker_serves_several_upper_brokers_from_one_pool_of_slots(make_bus: MakeBus) -> None:
     uppers = [make_bus(0), make_bus(0)]
     lower = make_bus(1, *(part for upper in uppers for part in ("--upstream", upper.back)), slots=6)
     wait_until(lambda: sum(map(free, uppers)) == 6, "six slots between the two")

@@ -1,4 +1,4 @@
-"""Every party reports the same version: that of the installed distribution."""
+"""Every party reports the version of the installed distribution."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Worker processes on a real bus: engines that die, hang and fail, links that die, drains, start
-order."""
+"""Worker processes on a real bus: broken engines and links, drains, the order of starts."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ PROMPT = "The quick brown fox jumps over the lazy dog."
 
 
 def records(process: ManagedProcess, event: str) -> list[dict[str, Any]]:
-    """Log records of an event."""
+    """The log records of an event."""
     found = []
     for line in process.log().splitlines():
         with contextlib.suppress(ValueError):
@@ -38,7 +37,7 @@ def records(process: ManagedProcess, event: str) -> list[dict[str, Any]]:
 
 
 def engine_pid(worker: ManagedProcess, count: int = 1) -> int:
-    """Process id of the worker's `count`-th engine process, once there is one."""
+    """The process id of the worker's `count`-th engine process; waits for it."""
     wait_until(lambda: len(records(worker, "engine starts")) >= count, "an engine process")
     return int(records(worker, "engine starts")[count - 1]["pid"])
 
@@ -69,7 +68,7 @@ class Begun:
 
 
 def begin(client: Client, prompt: str = PROMPT, **options: Any) -> Begun:
-    """Begin a stream; `options` are those of the echo engine. It does not end before it is read."""
+    """Begin a stream that cannot end before it is read; `options` are the echo engine's."""
     arguments = {"echo": {"step_delay_ms": 20, **options}}
     stream = client.generate(
         prompt, model="echo", template_args=arguments, stream=True, window=WINDOW_TOKENS
@@ -99,7 +98,7 @@ def test_a_killed_engine_is_replaced_and_its_streams_go_on_unaltered(one: Bus) -
     one.wait_idle()
 
 
-def test_a_hung_engine_is_killed_and_replaced_while_the_link_lives(tmp_path: Path) -> None:
+def test_a_hung_engine_is_killed_and_replaced_and_the_link_lives_on(tmp_path: Path) -> None:
     with running_bus(tmp_path, 0) as bus:
         worker = bus.start_worker("w1", "--engine-stall-s", "1.5")
         bus.wait_ready(1)
@@ -179,7 +178,9 @@ def test_an_engine_that_dies_again_and_again_ends_the_worker(one: Bus) -> None:
     assert len(records(worker, "engine starts")) == 5
 
 
-def test_a_second_worker_of_one_name_waits_and_says_why_until_the_name_is_free(one: Bus) -> None:
+def test_a_second_worker_of_the_same_name_waits_and_says_why_until_the_name_is_free(
+    one: Bus,
+) -> None:
     first = one.workers["first of w1"] = one.workers["w1"]
     second = one.start_worker("w1")
     (refused,) = wait_until(lambda: records(second, "broker absent"), "the refusal in its log")
@@ -205,7 +206,7 @@ def test_no_engine_outlives_a_killed_link_even_a_hung_one(one: Bus) -> None:
     assert stream.text() == PROMPT
 
 
-def test_a_stopped_link_is_lost_within_the_liveness_and_harmless_when_it_wakes(
+def test_a_stopped_link_is_lost_within_the_liveness_limit_and_harmless_when_it_wakes(
     tmp_path: Path,
 ) -> None:
     with running_bus(tmp_path, 2, "--worker-heartbeat-s", "0.3") as bus:
@@ -241,7 +242,7 @@ def test_a_broker_that_is_stopped_for_a_while_costs_a_pause_and_nothing_else(
 ) -> None:
     tokens, streams = 600, 16
     bus = Bus(tmp_path, "--worker-heartbeat-s", "3")
-    # The kernel buffers far less for an ipc connection than for TCP, so it is full soon.
+    # The kernel buffers far less of an ipc connection than of TCP, so it fills up soon.
     bus.backs[0] = f"ipc://{tmp_path}/back"
     try:
         bus.start_broker()
@@ -323,7 +324,9 @@ def test_a_worker_started_before_its_broker_says_so_once_and_joins_later(tmp_pat
         broker.kill()
         worker = bus.start_worker("early")
         wait_until(lambda: records(worker, "broker absent"), "a line about the absent broker")
-        wait_until(lambda: records(worker, "engine ready"), "the engine, broker or not")
+        wait_until(
+            lambda: records(worker, "engine ready"), "the engine, although there is no broker"
+        )
         bus.start_broker()
         bus.wait_ready(1)
         assert len(records(worker, "broker absent")) == 1
@@ -366,7 +369,7 @@ def test_two_brokers_are_served_from_one_pool_of_slots(tmp_path: Path) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m worker` to its end."""
+    """Run `python -m worker` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "worker", *arguments],
         cwd=ROOT,
@@ -377,7 +380,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_no_register_checks_the_engine_and_leaves() -> None:
+def test_no_register_checks_the_engine_and_exits() -> None:
     done = run("--no-register", "--engine", "echo", "--slots", "3")
     assert done.returncode == 0
     assert "echo: answers (8 tokens" in done.stdout

@@ -1,4 +1,4 @@
-"""The pipe between link and engine process: complete messages, no blocking, a clear end."""
+"""The pipe between link and engine process: whole messages, no blocking, a clear end."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_without_data_receive_returns_nothing_and_does_not_wait(ends: tuple[Pipe
     assert ends[1].receive() == []
 
 
-def test_half_a_message_waits_for_the_rest() -> None:
+def test_an_incomplete_message_waits_for_the_rest() -> None:
     raw, theirs = socket.socketpair()
     pipe = Pipe(theirs, blocking=True)
     data = b"\x00\x00\x00\x01" + (5).to_bytes(8, "big") + b"hello"
@@ -95,10 +95,10 @@ def test_the_other_sides_end_is_reported_after_its_last_message(ends: tuple[Pipe
             link.send([b"x" * 100_000])
 
 
-def test_an_engines_last_message_is_read_although_a_write_to_it_failed_first(
+def test_an_engines_last_message_is_read_even_if_a_write_to_it_failed_first(
     ends: tuple[Pipe, Pipe],
 ) -> None:
-    """An image was being sent when the engine died: the write fails before the cause is read."""
+    """If the engine dies while it is sent an image, the write fails before the cause is read."""
     link, engine = ends
     supervisor = Supervisor(EngineOptions(engine="echo"))
     supervisor.pipe = link
