@@ -2,7 +2,7 @@
 
     FOLDER/batches.db        what is known of files and batches
     FOLDER/files/file-ID     an input, or the answers of a batch, from their first line on
-    FOLDER/uploads/          files that arrive
+    FOLDER/uploads/          files that arrive, and parts of files
     FOLDER/lock              held by the gateway that runs the batches
 
 A file is in the folder, whole and on the disk, before the database names it, and out of the
@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from client.gateway.batches.records import OPEN, FileObject, Job
+from client.gateway.batches.records import MAX_PARTS, OPEN, FileObject, Job, PartObject, Sent
 from client.gateway.config import ConfigError
 
 __all__ = ["Folder", "FolderError", "NotHere"]
@@ -35,7 +35,8 @@ T = TypeVar("T")
 _VERSION: Final = 1
 #: For another gateway that writes.
 _BUSY_S: Final = 10.0
-#: A file that nobody names may be one that another gateway is about to name.
+#: A file that nobody names may be one that another gateway is about to name. An upload is known
+#: for as long after its end, so that who asks is told what became of it.
 _ABANDONED_S: Final = 24 * 3600
 
 _TABLES: Final = """
@@ -49,11 +50,20 @@ CREATE TABLE IF NOT EXISTS batches (
     expires_at INTEGER NOT NULL, job BLOB NOT NULL
 );
 CREATE INDEX IF NOT EXISTS batches_by_status ON batches (status);
+CREATE TABLE IF NOT EXISTS uploads (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, status TEXT NOT NULL, expires_at INTEGER NOT NULL,
+    sent BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS parts (
+    id TEXT PRIMARY KEY, upload TEXT NOT NULL, bytes INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS parts_by_upload ON parts (upload);
 """
 _ARE_OPEN: Final = f"status IN ({', '.join(map(repr, OPEN))})"
 
 _JOB: Final = msgspec.json.Decoder(Job)
 _FILE: Final = msgspec.json.Decoder(FileObject)
+_SENT: Final = msgspec.json.Decoder(Sent)
 
 
 class FolderError(ConfigError):
@@ -61,7 +71,7 @@ class FolderError(ConfigError):
 
 
 class NotHere(Exception):
-    """No file or batch of that id, for that key."""
+    """No file, upload or batch of that id, for that key."""
 
 
 class Folder:
@@ -132,12 +142,15 @@ class Folder:
         return self.path / "files" / id_
 
     def upload_path(self, id_: str) -> Path:
-        """Where a file is while it arrives."""
+        """Where a file is while it arrives, and a part of one until the file is whole."""
         return self.path / "uploads" / id_
 
     def used_bytes(self) -> int:
-        """Of all files."""
-        [(used,)] = self._rows("SELECT COALESCE(SUM(bytes), 0) FROM files")
+        """Of all files and parts."""
+        [(used,)] = self._rows(
+            "SELECT COALESCE(SUM(bytes), 0) FROM "
+            "(SELECT bytes FROM files UNION ALL SELECT bytes FROM parts)"
+        )
         return int(used)
 
     def add_file(self, file: FileObject, owner: str) -> None:
@@ -232,6 +245,79 @@ class Folder:
         """Returns when the disk has the names of all files."""
         _sync(self.path / "files")
 
+    # --- uploads ---
+
+    def add_upload(self, sent: Sent, owner: str, now: int, most_open: int) -> bool:
+        """Keep a new upload; False if its key has so many that are pending."""
+        with self._writing() as cursor:
+            [(count,)] = cursor.execute(
+                "SELECT COUNT(*) FROM uploads WHERE owner = ? AND status = 'pending' "
+                "AND expires_at > ?",
+                (owner, now),
+            )
+            if count >= most_open:
+                return False
+            upload = sent.upload
+            cursor.execute(
+                "INSERT INTO uploads (id, owner, status, expires_at, sent) VALUES (?, ?, ?, ?, ?)",
+                (upload.id, owner, upload.status, upload.expires_at, msgspec.json.encode(sent)),
+            )
+        return True
+
+    def upload(self, id_: str, owner: str) -> Sent:
+        """An upload of this key. Raises NotHere."""
+        rows = self._rows("SELECT sent FROM uploads WHERE id = ? AND owner = ?", id_, owner)
+        if not rows:
+            raise NotHere
+        return _SENT.decode(rows[0][0])
+
+    def parts(self, upload_id: str) -> dict[str, int]:
+        """Sizes in bytes by the ids of the parts."""
+        return dict(self._rows("SELECT id, bytes FROM parts WHERE upload = ?", upload_id))
+
+    def add_part(
+        self, part: PartObject, owner: str, size_bytes: int, check: Callable[[Sent], None]
+    ) -> bool:
+        """Keep a part that arrived whole at `upload_path`; False if its upload has as many as it
+        may have. `check` raises if the upload takes none any more. Raises NotHere."""
+        _sync(self.upload_path(part.id))
+        _sync(self.path / "uploads")
+        with self._writing() as cursor:
+            check(_sent(cursor, part.upload_id, owner))
+            [(count,)] = cursor.execute(
+                "SELECT COUNT(*) FROM parts WHERE upload = ?", (part.upload_id,)
+            )
+            if count >= MAX_PARTS:
+                return False
+            cursor.execute(
+                "INSERT INTO parts (id, upload, bytes) VALUES (?, ?, ?)",
+                (part.id, part.upload_id, size_bytes),
+            )
+        return True
+
+    def end_upload(
+        self, id_: str, owner: str, change: Callable[[Sent], None], file: FileObject | None = None
+    ) -> Sent:
+        """Change an upload as it is now to one that is over, and remove its parts. `file`: what it
+        became, whole at `upload_path`. What `change` raises leaves everything as it was. Raises
+        NotHere."""
+        if file is not None:
+            _sync(self.upload_path(file.id))
+        with self._writing() as cursor:
+            sent = _sent(cursor, id_, owner)
+            change(sent)
+            if file is not None:
+                self.upload_path(file.id).rename(self.path_of(file.id))
+                self.sync_names()
+                _insert_file(cursor, file, owner)
+            parts = _end(cursor, sent)
+        self._remove(parts)
+        return sent
+
+    def _remove(self, parts: Sequence[str]) -> None:
+        for part in parts:
+            self.upload_path(part).unlink(missing_ok=True)
+
     # --- batches ---
 
     def add_job(self, job: Job, most_open: int) -> bool:
@@ -311,7 +397,10 @@ class Folder:
         for id_, owner in gone:
             with contextlib.suppress(NotHere):
                 self.delete_file(id_, owner)
-        named = {row[0] for row in self._rows("SELECT id FROM files")}
+        self._expire_uploads(now)
+        named = {
+            row[0] for row in self._rows("SELECT id FROM files UNION ALL SELECT id FROM parts")
+        }
         for row in self._rows(f"SELECT output, error FROM batches WHERE {_ARE_OPEN}"):
             named.update(row)
         for folder in ("files", "uploads"):
@@ -321,6 +410,41 @@ class Folder:
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > _ABANDONED_S:
                         path.unlink()
+
+    def _expire_uploads(self, now: int) -> None:
+        with self._writing() as cursor:
+            cursor.execute("DELETE FROM uploads WHERE expires_at <= ?", (now - _ABANDONED_S,))
+            over = cursor.execute(
+                "SELECT sent FROM uploads WHERE status = 'pending' AND expires_at <= ?", (now,)
+            ).fetchall()
+            parts: list[str] = []
+            for row in over:
+                sent = _SENT.decode(row[0])
+                sent.upload.status = "expired"
+                parts += _end(cursor, sent)
+        self._remove(parts)
+
+
+def _sent(cursor: sqlite3.Cursor, id_: str, owner: str) -> Sent:
+    row = cursor.execute(
+        "SELECT sent FROM uploads WHERE id = ? AND owner = ?", (id_, owner)
+    ).fetchone()
+    if row is None:
+        raise NotHere
+    return _SENT.decode(row[0])
+
+
+def _end(cursor: sqlite3.Cursor, sent: Sent) -> list[str]:
+    """Write an upload that is over; the ids of its parts, whose files are the caller's to
+    remove."""
+    id_ = sent.upload.id
+    cursor.execute(
+        "UPDATE uploads SET status = ?, sent = ? WHERE id = ?",
+        (sent.upload.status, msgspec.json.encode(sent), id_),
+    )
+    parts = cursor.execute("SELECT id FROM parts WHERE upload = ?", (id_,)).fetchall()
+    cursor.execute("DELETE FROM parts WHERE upload = ?", (id_,))
+    return [row[0] for row in parts]
 
 
 def _insert_file(cursor: sqlite3.Cursor, file: FileObject, owner: str) -> None:

@@ -11,14 +11,20 @@ from client.gateway.batches.lines import Endpoint, Mistake
 from client.gateway.batches.output import Tally
 
 __all__ = [
+    "MAX_PARTS",
     "OPEN",
     "Batch",
     "BatchRequest",
+    "CompleteRequest",
     "Ending",
     "ExpiresAfter",
     "FileObject",
     "Job",
+    "PartObject",
+    "Sent",
     "Status",
+    "UploadObject",
+    "UploadRequest",
     "window_s",
 ]
 
@@ -33,6 +39,8 @@ Status = Literal[
     "cancelled",
 ]
 Ending = Literal["completed", "expired", "cancelled"]
+MAX_PARTS: Final = 10_000
+"""Of one upload."""
 #: Of a batch that is not over.
 OPEN: Final = ("validating", "in_progress", "finalizing", "cancelling")
 
@@ -83,6 +91,64 @@ class FileObject(Struct, kw_only=True):
     status: Literal["processed"] = "processed"
     expires_at: int | None = None
     status_details: str | None = None
+
+
+class UploadRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of `POST /v1/uploads`."""
+
+    bytes: Annotated[int, Meta(ge=0)]
+    filename: Annotated[str, Meta(min_length=1)]
+    #: Whatever it is, a batch looks at the lines.
+    mime_type: str
+    purpose: str
+    expires_after: ExpiresAfter | None = None
+
+
+class CompleteRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of `POST /v1/uploads/{id}/complete`."""
+
+    part_ids: Annotated[list[str], Meta(max_length=MAX_PARTS)]
+    md5: Annotated[str, Meta(pattern="^[0-9a-fA-F]{32}$")] | None = None
+
+
+class UploadObject(Struct, kw_only=True):
+    """A file that arrives in parts. Times are Unix seconds."""
+
+    id: str
+    object: Literal["upload"] = "upload"
+    #: What the parts must add up to.
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: Literal["batch"] = "batch"
+    status: Literal["pending", "completed", "cancelled", "expired"] = "pending"
+    file: FileObject | None = None
+
+
+class PartObject(Struct, kw_only=True):
+    """A part of an upload."""
+
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
+
+
+class Sent(Struct, kw_only=True):
+    """An upload with what is not shown of it."""
+
+    upload: UploadObject
+    #: Seconds after which its file expires.
+    file_expires_s: int | None = None
+    #: Once it is completed, of which parts.
+    part_ids: list[str] = []
+
+    def status_at(self, now: int) -> str:
+        """The status, by the clock."""
+        if self.upload.status == "pending" and self.upload.expires_at <= now:
+            return "expired"
+        return self.upload.status
 
 
 class Counts(Struct, kw_only=True):

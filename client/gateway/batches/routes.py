@@ -1,4 +1,5 @@
-"""`/v1/files` and `/v1/batches`, in OpenAI's shape, over the folder of `--batch-folder`.
+"""`/v1/files` and `/v1/batches`, in OpenAI's shape, over the folder of `--batch-folder`, and the
+paths of `/v1/uploads` beside them.
 
 A key sees the files and batches that it made, and no others. Must never make a path from what a
 caller sent: ids are looked up.
@@ -7,21 +8,17 @@ caller sent: ids are looked up.
 from __future__ import annotations
 
 import asyncio
-import logging
-import sqlite3
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-import msgspec
-from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute
 
 from broker.protocol.errors import ErrorCode
 from client.gateway.batches.folder import NotHere
-from client.gateway.batches.jobs import Batches
+from client.gateway.batches.forms import Form, check_purpose, received
+from client.gateway.batches.handling import as_json, batches_of, naming, on_disk, unix_now
 from client.gateway.batches.records import (
     OPEN,
     Batch,
@@ -31,9 +28,9 @@ from client.gateway.batches.records import (
     Job,
     window_s,
 )
-from client.gateway.batches.uploads import Upload
+from client.gateway.batches.uploads import add_part, cancel_upload, complete_upload, create_upload
 from client.gateway.context import Handler, RequestContext, route
-from client.gateway.errors import GatewayError, invalid, too_large
+from client.gateway.errors import GatewayError, invalid
 from client.gateway.openai.answers import new_id
 from client.gateway.requests import converted, number_of
 
@@ -41,16 +38,10 @@ __all__ = ["batch_routes"]
 
 T = TypeVar("T")
 
-log = logging.getLogger("tokenbus.gateway")
-
 MAX_OPEN: Final = 100
 """Batches of one key that are not over."""
 MAX_WINDOW_S: Final = 30 * 24 * 3600
 
-#: Written to the disk at once.
-_WRITE_BYTES: Final = 1 << 20
-#: A form is longer than its file by no more than this.
-_FORM_BYTES: Final = 64 * 1024
 _FILES_PAGE: Final = 10_000
 _BATCHES_PAGE: Final = 100
 
@@ -62,49 +53,19 @@ def batch_routes() -> list[BaseRoute]:
         ("GET", "/v1/files/{id}", get_file),
         ("DELETE", "/v1/files/{id}", delete_file),
         ("GET", "/v1/files/{id}/content", file_content),
+        ("POST", "/v1/uploads/{id}/parts", add_part),
+        ("POST", "/v1/uploads/{id}/complete", complete_upload),
+        ("POST", "/v1/uploads/{id}/cancel", cancel_upload),
         ("GET", "/v1/batches", list_batches),
         ("GET", "/v1/batches/{id}", get_batch),
         ("POST", "/v1/batches/{id}/cancel", cancel_batch),
     ]
     return [
-        route("/v1/files", _on_disk(upload_file), "POST", counted=True),
-        route("/v1/batches", _on_disk(create_batch), "POST", counted=True),
-        *(route(path, _on_disk(handler), method) for method, path, handler in found),
+        route("/v1/files", on_disk(upload_file), "POST", counted=True),
+        route("/v1/uploads", on_disk(create_upload), "POST", counted=True),
+        route("/v1/batches", on_disk(create_batch), "POST", counted=True),
+        *(route(path, on_disk(handler), method) for method, path, handler in found),
     ]
-
-
-def _on_disk(handler: Handler) -> Handler:
-    """The handler, with failures of the disk told as what they are."""
-
-    async def answer(context: RequestContext) -> Response:
-        try:
-            return await handler(context)
-        except (sqlite3.Error, OSError) as error:
-            log.error("the folder of batches cannot be used: %s", error)
-            cause = error.strerror if isinstance(error, OSError) else str(error)
-            raise GatewayError(
-                ErrorCode.ENGINE_ERROR,
-                f"The folder of batches cannot be used now: {cause}.",
-                status=507,
-                retryable=True,
-            ) from None
-
-    return answer
-
-
-def _batches(context: RequestContext) -> Batches:
-    batches = context.gateway.batches
-    if batches is None:
-        raise GatewayError(
-            ErrorCode.INVALID_REQUEST,
-            "This gateway keeps no files and runs no batches; start it with --batch-folder FOLDER.",
-            status=404,
-        )
-    return batches
-
-
-def _now() -> int:
-    return int(time.time())
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -112,96 +73,32 @@ def _now() -> int:
 
 async def upload_file(context: RequestContext) -> Response:
     """Keep a file of batch lines, which arrives as a form."""
-    batches = _batches(context)
-    _check_origin(context)
-    config, headers = context.gateway.config, context.request.headers
-    announced = headers.get("content-length", "")
-    limit_bytes = config.batch_file_bytes
-    if announced.isdecimal() and int(announced[:19]) > limit_bytes + _FORM_BYTES:
-        raise too_large("file", f"The file is beyond the {limit_bytes} bytes of this gateway.")
-    room_bytes = config.batch_bytes - await batches.do(batches.folder.used_bytes)
+    batches = batches_of(context)
     id_ = new_id("file-")
     path = batches.folder.upload_path(id_)
-    upload = Upload(headers.get("content-type", ""), path, limit_bytes)
+    form = await received(context, batches, path, "file", context.gateway.config.batch_file_bytes)
     try:
-        await _receive(context, batches, upload, room_bytes)
         file = FileObject(
             id=id_,
-            bytes=upload.size_bytes,
-            created_at=_now(),
-            filename=upload.name or "",
+            bytes=form.size_bytes,
+            created_at=unix_now(),
+            filename=form.name or "",
             purpose="batch",
         )
-        expires = _fields_of(upload)
+        expires = _fields_of(form)
         if expires is not None:
             file.expires_at = file.created_at + expires.seconds
         await batches.do(batches.folder.add_file, file, context.key.name)
     except BaseException:
-        await asyncio.to_thread(upload.discard)
+        await asyncio.to_thread(form.discard)
         raise
-    return _json(file)
+    return as_json(file)
 
 
-def _check_origin(context: RequestContext) -> None:
-    """A browser sends forms across origins without asking; only those that were named may."""
-    headers, allowed = context.request.headers, context.gateway.config.cors_origins
-    site = headers.get("sec-fetch-site")
-    if site in ("same-origin", "none") or (site is None and "origin" not in headers):
-        return
-    if "*" not in allowed and headers.get("origin") not in allowed:
-        raise GatewayError(
-            ErrorCode.FORBIDDEN, "A page of another origin may not send files; see --cors-origins."
-        )
-
-
-async def _receive(
-    context: RequestContext, batches: Batches, upload: Upload, room_bytes: int
-) -> None:
-    """The whole body; raises GatewayError, among others where the folder has no room."""
-    pending: list[bytes] = []
-    held_bytes, arrived_bytes = 0, 0
-    limit_bytes = context.gateway.config.batch_file_bytes
-
-    async def write() -> None:
-        nonlocal held_bytes
-        data, held_bytes = b"".join(pending), 0
-        pending.clear()
-        if data:
-            await asyncio.to_thread(upload.feed, data)
-
-    try:
-        async for chunk in context.request.stream():
-            pending.append(chunk)
-            held_bytes += len(chunk)
-            arrived_bytes += len(chunk)
-            batches.arriving_bytes += len(chunk)
-            if batches.arriving_bytes > room_bytes:
-                raise GatewayError(
-                    ErrorCode.TOO_LARGE,
-                    "The files of this gateway's batches fill the "
-                    f"{context.gateway.config.batch_bytes} bytes that they have; delete some.",
-                    param="file",
-                )
-            if arrived_bytes > limit_bytes + _FORM_BYTES:
-                raise too_large("file", f"The body is beyond the {limit_bytes} bytes of a file.")
-            if held_bytes >= _WRITE_BYTES:
-                await write()
-        await write()
-        await asyncio.to_thread(upload.finish)
-    except ClientDisconnect:
-        raise GatewayError(ErrorCode.CANCELLED, "The HTTP client disconnected.") from None
-    finally:
-        batches.arriving_bytes -= arrived_bytes
-
-
-def _fields_of(upload: Upload) -> ExpiresAfter | None:
+def _fields_of(form: Form) -> ExpiresAfter | None:
     """The fields of the form, checked; returns when the file expires."""
-    fields = dict(upload.fields)
-    purpose = fields.pop("purpose", None)
-    if purpose is None:
-        raise invalid("purpose", "`purpose` is required.")
-    if purpose != "batch":
-        raise invalid("purpose", f"`purpose` is 'batch', not {purpose!r}: files are for batches.")
+    fields = dict(form.fields)
+    check_purpose(fields.pop("purpose", None))
     expires = {
         name: fields.pop(f"expires_after[{name}]")
         for name in ("anchor", "seconds")
@@ -218,17 +115,17 @@ def _fields_of(upload: Upload) -> ExpiresAfter | None:
 
 async def list_files(context: RequestContext) -> Response:
     """A page of the key's files."""
-    batches = _batches(context)
+    batches = batches_of(context)
     page = _page(context, _FILES_PAGE, _FILES_PAGE, "order", "purpose")
     query = context.request.query_params
     order = query.get("order", "desc")
     if order not in ("asc", "desc"):
         raise invalid("order", "`order` is `asc` or `desc`.")
-    with _naming("after", page.after):
+    with naming("after", page.after):
         files = await batches.do(
             batches.folder.files,
             context.key.name,
-            _now(),
+            unix_now(),
             after=page.after,
             limit=page.limit + 1,
             newest_first=order == "desc",
@@ -239,14 +136,14 @@ async def list_files(context: RequestContext) -> Response:
 
 async def get_file(context: RequestContext) -> Response:
     """What is known of a file."""
-    return _json(await _file(context))
+    return as_json(await _file(context))
 
 
 async def delete_file(context: RequestContext) -> Response:
     """Delete a file."""
-    batches = _batches(context)
+    batches = batches_of(context)
     file = await _file(context)
-    with _naming("id", file.id):
+    with naming("id", file.id):
         used_by = await batches.do(batches.folder.delete_file, file.id, context.key.name)
     if used_by is not None:
         raise GatewayError(
@@ -254,13 +151,13 @@ async def delete_file(context: RequestContext) -> Response:
             f"Batch {used_by!r} reads this file and is not over; cancel it first.",
             status=409,
         )
-    return _json({"id": file.id, "object": "file", "deleted": True})
+    return as_json({"id": file.id, "object": "file", "deleted": True})
 
 
 async def file_content(context: RequestContext) -> Response:
     """The bytes of a file."""
     file = await _file(context)
-    path = _batches(context).folder.path_of(file.id)
+    path = batches_of(context).folder.path_of(file.id)
     headers = {"x-content-type-options": "nosniff"}
     return FileResponse(
         path, headers=headers, media_type="application/octet-stream", filename=file.filename
@@ -268,9 +165,9 @@ async def file_content(context: RequestContext) -> Response:
 
 
 async def _file(context: RequestContext) -> FileObject:
-    batches, id_ = _batches(context), context.request.path_params["id"]
-    with _naming("id", id_):
-        return await batches.do(batches.folder.file, id_, context.key.name, _now())
+    batches, id_ = batches_of(context), context.request.path_params["id"]
+    with naming("id", id_):
+        return await batches.do(batches.folder.file, id_, context.key.name, unix_now())
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -278,12 +175,12 @@ async def _file(context: RequestContext) -> FileObject:
 
 async def create_batch(context: RequestContext) -> Response:
     """Begin a batch over a file."""
-    batches = _batches(context)
+    batches = batches_of(context)
     body = await context.read(BatchRequest)
     seconds = window_s(body.completion_window)
     if seconds > MAX_WINDOW_S:
         raise invalid("completion_window", "`completion_window` is at most 30d.")
-    now = _now()
+    now = unix_now()
     job = Job(
         batch=Batch(
             id=new_id("batch_"),
@@ -315,14 +212,14 @@ async def create_batch(context: RequestContext) -> Response:
             retryable=True,
         )
     batches.changed.set()
-    return _json(job.batch)
+    return as_json(job.batch)
 
 
 async def list_batches(context: RequestContext) -> Response:
     """A page of the key's batches, the newest first."""
-    batches = _batches(context)
+    batches = batches_of(context)
     page = _page(context, 20, _BATCHES_PAGE)
-    with _naming("after", page.after):
+    with naming("after", page.after):
         jobs = await batches.do(
             batches.folder.jobs, context.key.name, after=page.after, limit=page.limit + 1
         )
@@ -331,15 +228,15 @@ async def list_batches(context: RequestContext) -> Response:
 
 async def get_batch(context: RequestContext) -> Response:
     """A batch as it is now."""
-    batches, id_ = _batches(context), context.request.path_params["id"]
-    with _naming("id", id_):
+    batches, id_ = batches_of(context), context.request.path_params["id"]
+    with naming("id", id_):
         job = await batches.do(batches.folder.job, id_, context.key.name)
-    return _json(job.batch)
+    return as_json(job.batch)
 
 
 async def cancel_batch(context: RequestContext) -> Response:
     """Run no further lines of a batch; what is answered stays."""
-    batches, id_ = _batches(context), context.request.path_params["id"]
+    batches, id_ = batches_of(context), context.request.path_params["id"]
 
     def cancel(job: Job) -> None:
         status = job.batch.status
@@ -350,35 +247,16 @@ async def cancel_batch(context: RequestContext) -> Response:
                 status=409,
             )
         if status != "cancelling":
-            job.batch.move("cancelling", _now())
+            job.batch.move("cancelling", unix_now())
 
-    with _naming("id", id_):
+    with naming("id", id_):
         await batches.do(batches.folder.job, id_, context.key.name)
         job = await batches.do(batches.folder.change, id_, cancel)
     batches.changed.set()
-    return _json(job.batch)
+    return as_json(job.batch)
 
 
 # --- pages and errors -----------------------------------------------------------------------------
-
-
-class _naming:
-    """Turns NotHere into an answer that names the id."""
-
-    def __init__(self, param: str, id_: str | None) -> None:
-        self._param, self._id = param, id_
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, NotHere):
-            raise GatewayError(
-                ErrorCode.INVALID_REQUEST,
-                f"There is no {self._id!r} here, or it belongs to another key.",
-                param=self._param,
-                status=404 if self._param == "id" else 400,
-            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,7 +269,7 @@ class _Page:
     def of(self, found: list[T], id_of: Callable[[T], str]) -> Response:
         """The page, of one more than were asked for, if there are as many."""
         shown = found[: self.limit]
-        return _json(
+        return as_json(
             {
                 "object": "list",
                 "data": shown,
@@ -411,7 +289,3 @@ def _page(context: RequestContext, default: int, most: int, *known: str) -> _Pag
     if limit is None or not 1 <= limit <= most:
         raise invalid("limit", f"`limit` is a number from 1 to {most}.")
     return _Page(query.get("after"), limit)
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

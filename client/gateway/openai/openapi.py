@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from client import __version__
 from client.gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
-from client.gateway.batches.records import BatchRequest
+from client.gateway.batches.records import BatchRequest, CompleteRequest, UploadRequest
 from client.gateway.context import RequestContext
 from client.gateway.ids import KEPT_ID
 from client.gateway.llamacpp.bodies import LLAMACPPS_PATHS, CompletionBody, EmbeddingBody
@@ -65,6 +65,8 @@ _TAKES = {
     ("post", "/v1/conversations/{id}"): (ConversationUpdate, "Give a conversation other labels."),
     ("post", "/v1/conversations/{id}/items"): (ConversationItems, "Add items to a conversation."),
     ("post", "/v1/batches"): (BatchRequest, "Begin a batch over a file of requests."),
+    ("post", "/v1/uploads"): (UploadRequest, "Begin a file that is sent in parts."),
+    ("post", "/v1/uploads/{id}/complete"): (CompleteRequest, "Make a file of the parts."),
     ("post", "/v1/rerank"): (RerankRequest, "Order documents by relevance."),
     ("post", "/v1/score"): (ScoreRequest, "Score pairs of texts."),
     ("post", "/v1/classify"): (ClassifyRequest, "Label texts."),
@@ -110,6 +112,7 @@ _TAKES_NOTHING = {
     ("get", "/v1/batches"): "The key's batches, the newest first.",
     ("get", "/v1/batches/{id}"): "One batch.",
     ("post", "/v1/batches/{id}/cancel"): "Run no further lines of a batch.",
+    ("post", "/v1/uploads/{id}/cancel"): "Give up a file that was sent in parts.",
     ("get", "/props"): "llama.cpp's API: what a model is served with.",
     ("get", "/api/tags"): "Ollama's API: the models of the bus.",
     ("get", "/api/ps"): "Ollama's API: the models that are ready.",
@@ -172,7 +175,7 @@ _QUERY: dict[str, dict[str, dict[str, Any]]] = {
     "/props": {"model": {"type": "string"}},
     "/metrics": {"scope": {"enum": ["all", "gateway"], "default": "all"}},
 }
-#: Of a file that is sent.
+#: Of a file that is sent, and of a part of one.
 _FORM = {
     "type": "object",
     "required": ["file", "purpose"],
@@ -182,6 +185,15 @@ _FORM = {
         "expires_after[anchor]": {"enum": ["created_at"]},
         "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
     },
+}
+_PART_FORM = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "format": "binary"}},
+}
+_FORMS = {
+    "/v1/files": (_FORM, "Keep a file of batch lines."),
+    "/v1/uploads/{id}/parts": (_PART_FORM, "Keep a part of a file."),
 }
 _ERROR = {
     "type": "object",
@@ -272,10 +284,11 @@ def _document() -> bytes:
     for (method, path), words in _TAKES_NOTHING.items():
         query = _QUERY.get(path, {}) if method == "get" else {}
         paths.setdefault(path, {})[method] = _operation(path, words, query)
-    paths["/v1/files"]["post"] = {
-        **_operation("/v1/files", "Keep a file of batch lines.", {}),
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}},
-    }
+    for path, (form, words) in _FORMS.items():
+        paths.setdefault(path, {})["post"] = {
+            **_operation(path, words, {}),
+            "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}},
+        }
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",
@@ -337,7 +350,7 @@ def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[
     parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
     if "{id}" in path:
         schema: dict[str, Any] = {"type": "string"}
-        if not path.startswith(("/v1/models/", "/v1/files/", "/v1/batches/")):
+        if not path.startswith(("/v1/models/", "/v1/files/", "/v1/uploads/", "/v1/batches/")):
             schema["pattern"] = f"^{KEPT_ID}$"
         parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
     if "{item}" in path:

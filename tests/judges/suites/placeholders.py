@@ -65,6 +65,18 @@ class Objects:
         files = {"file": ("lines.jsonl", "\n".join(lines).encode())}
         return self._made("/files", files=files, data={"purpose": "batch"})
 
+    def upload(self, size_bytes: int = 100) -> str:
+        body = {
+            "bytes": size_bytes,
+            "filename": "lines.jsonl",
+            "mime_type": "application/jsonl",
+            "purpose": "batch",
+        }
+        return self._made("/uploads", json=body)
+
+    def part(self, upload: str, size_bytes: int) -> str:
+        return self._made(f"/uploads/{upload}/parts", files={"data": b"x" * size_bytes})
+
     def batch(self) -> str:
         body = {
             # Not over before it is cancelled.
@@ -87,6 +99,7 @@ def with_objects(objects: Objects, method: str, target: str, body: bytes) -> tup
         (r"/chat/completions/([^/]+)(?:/messages)?", objects.chat),
         (r"/conversations/([^/]+)(?:/items)?(?:/.+)?", objects.conversation),
         (r"/files/([^/]+)(?:/content)?", objects.file),
+        (r"/uploads/([^/]+)/(?:parts|complete|cancel)", objects.upload),
         (r"/batches/([^/]+)(?:/cancel)?", objects.batch),
     ]
     after = {
@@ -109,6 +122,9 @@ def with_objects(objects: Objects, method: str, target: str, body: bytes) -> tup
             query = query.replace("after=after", f"after={objects.item(of_one[1])}")
         elif after is not None:
             query = query.replace("after=after", f"after={after()}")
+    if whole := re.fullmatch(r"(?:/v1)?/uploads/(upload_[^/]+)/complete", path):
+        fields = {**json.loads(body), "part_ids": [objects.part(whole[1], 100)]}
+        return path, json.dumps(fields).encode()
     return path + mark + query, _body_with(objects, body)
 
 
