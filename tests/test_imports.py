@@ -249,9 +249,12 @@ def loaded_by(statement: str) -> set[str]:
         "import broker.__main__",
         "import broker.core.controller",
         "import worker.loop",
+        "import worker.process.main",
+        "import worker.engines.echo.engine",
+        "import worker.engines.openai.engine",
     ],
 )
-def test_bus_and_link_load_nothing_heavy(statement: str) -> None:
+def test_bus_link_and_light_engines_load_nothing_heavy(statement: str) -> None:
     heavy = loaded_by(statement) & HEAVY
     assert not heavy, f"{statement} loads {sorted(heavy)}"
 

@@ -1,12 +1,13 @@
 """Turns exceptions into errors for clients: the cause in one line, the code, whether
 memory ran out.
 
-Decided here for every engine. Must never import an engine's package.
+Decided here for every engine. Must never import an engine's package, nor torch: the process of
+every engine loads this, those that need no torch too.
 """
 
 from __future__ import annotations
 
-import torch
+import sys
 
 from broker.protocol.errors import ErrorCode, ErrorInfo, RequestError
 
@@ -22,7 +23,9 @@ def one_line(error: BaseException, limit: int = 500) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` means that memory ran out, on an accelerator or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    # Whoever raised torch's own error has loaded torch.
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and (
