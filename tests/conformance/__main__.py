@@ -1,4 +1,4 @@
-"""`python -m tests.conformance client|worker|broker -- COMMAND ...`; --help says the rest."""
+"""`python -m tests.conformance client|worker|broker -- COMMAND ...`; see --help."""
 
 import signal
 import sys
@@ -6,5 +6,7 @@ import sys
 from tests.conformance.cli import main
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the subject is ended
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # unwinds, so that the subject is stopped
     sys.exit(main())

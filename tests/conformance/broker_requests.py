@@ -14,23 +14,23 @@ from tests.conformance.wire import Got, Peer, new_id, next_epoch
 
 
 def ends(events: list[object], rule: str, reason: str) -> None:
-    """The last event is END with this reason."""
+    """Check that the last event is END with this reason."""
     last = events[-1] if events else None
     if not isinstance(last, messages.EndEvent) or last.finish_reason.value != reason:
-        raise Broken(rule, f"{events}; END {reason} was due")
+        raise Broken(rule, f"{events}; expected END {reason}")
 
 
 def interrupted(client: Peer, id_: bytes, code: str, rule: str, *, lost: bool) -> Got:
-    """INTERRUPTED is what the client gets next."""
+    """Check that the client gets INTERRUPTED next."""
     got = client.expect(T.INTERRUPTED, T.ACCEPTED, T.OUTPUT, rule=rule)
     body = got.body
     if got.id != id_ or body.error.code != code or body.lost != lost:
-        raise Broken(rule, f"INTERRUPTED {got.plain}; code {code}, lost {lost} were due")
+        raise Broken(rule, f"INTERRUPTED {got.plain}; expected code {code}, lost {lost}")
     return got
 
 
 def assigned_to(workers: list[Peer], seconds: float, rule: str) -> tuple[Peer, Got]:
-    """Who gets the next ASSIGN."""
+    """The worker that gets the next ASSIGN."""
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
         for worker in workers:
@@ -45,8 +45,8 @@ def assigned_to(workers: list[Peer], seconds: float, rule: str) -> tuple[Peer, G
 
 @case("broker", "R15", "R16", "R12", "R2")
 def broker_course(scene: BrokerScene) -> None:
-    """A request with an attachment: the worker gets its bytes unchanged, the client gets ACCEPTED
-    with worker and route, and the bytes of OUTPUT unchanged, without the ledger."""
+    """A request with an attachment: the worker gets its bytes unchanged; the client gets ACCEPTED
+    with worker and route, and the body of OUTPUT unchanged, without the ledger."""
     worker, client = scene.worker(), scene.client()
     image = scene.random.randbytes(1000)
     body = scene.body(attachments=[{"media_type": "image/png"}], later=["a key of a later version"])
@@ -58,7 +58,7 @@ def broker_course(scene: BrokerScene) -> None:
     accepted = scene.placed(client, id_)
     route = got.body.reply_to
     if accepted.body.worker != f"worker-{scene.name}" or accepted.body.route != route:
-        raise Broken("R16", f"ACCEPTED {accepted.plain}; route {route.hex()} was due")
+        raise Broken("R16", f"ACCEPTED {accepted.plain}; expected route {route.hex()}")
     events = [
         [0, id_, 0, 0, [1, 2], "äö", None, None, "a field of a later version"],
         [1, id_, 0, 2, "stop", "", {}, {}],
@@ -78,8 +78,8 @@ def broker_course(scene: BrokerScene) -> None:
 
 @case("broker", "R16", "G1", "G2")
 def broker_queue(scene: BrokerScene) -> None:
-    """Three requests and no credit: ACCEPTED says their positions; each credit, in whichever
-    message, brings one ASSIGN, in order."""
+    """Three requests and no credit: ACCEPTED gives their positions; each credit, in whichever
+    message it comes, brings one ASSIGN, in order."""
     worker, client = scene.worker(slots=0), scene.client()
     ids = []
     for position in range(3):
@@ -113,7 +113,7 @@ def broker_lower_grant(scene: BrokerScene) -> None:
 
 @case("broker", "R11")
 def broker_order(scene: BrokerScene) -> None:
-    """Higher priority first; within one, turns between users; within a user, age."""
+    """Higher priority first; within a priority, users take turns; within a user, oldest first."""
     worker, client = scene.worker(slots=0), scene.client()
     asked = [("late", 0, "a"), ("later", 0, "a"), ("other", 0, "b"), ("high", 5, "c")]
     ids = {}
@@ -128,8 +128,8 @@ def broker_order(scene: BrokerScene) -> None:
 
 @case("broker", "R5", "R6")
 def broker_same_id(scene: BrokerScene) -> None:
-    """The id of a running request again: ignored from its own session, refused from another and
-    after its end."""
+    """REQUEST with the id of a running request: ignored from its own session, refused from another
+    and after its end."""
     worker, client, other = scene.worker(slots=3), scene.client(), scene.client("other")
     id_, route = scene.running(client, worker)
     client.send(T.REQUEST, id_, scene.body())
@@ -157,7 +157,8 @@ def broker_unknown_model(scene: BrokerScene) -> None:
 
 @case("broker", "R8")
 def broker_deadlines(scene: BrokerScene) -> None:
-    """`queue_ms` 0 and 200, and `ttl_ms`, while no slot is free; what is left is in ASSIGN."""
+    """`queue_ms` 0 and 200, and `ttl_ms`, while no slot is free; ASSIGN has the time that is
+    left."""
     worker, client = scene.worker(slots=0), scene.client()
     for limits, least_s in (
         ({"queue_ms": 0}, 0.0),
@@ -175,7 +176,7 @@ def broker_deadlines(scene: BrokerScene) -> None:
     scene.grant(worker)
     rest = scene.assigned(worker, id_).body.ttl_ms
     if rest is None or not 30_000 < rest < 59_900:
-        raise Broken("R8", f"ASSIGN with ttl_ms {rest} of 60000, later")
+        raise Broken("R8", f"ASSIGN with ttl_ms {rest}; some of 60000 had passed")
 
 
 @case("broker", "L1")
@@ -195,14 +196,15 @@ def broker_attachments(scene: BrokerScene) -> None:
 
 @case("broker", "C2", "C3", "C1")
 def broker_cancel(scene: BrokerScene) -> None:
-    """CANCEL of a queued request is answered here; of a running one it goes to the worker, whose
-    END goes to the client; once ended, nothing comes of it."""
+    """CANCEL of a queued request, twice: the broker answers with END `cancelled` each time. CANCEL of
+    a running one goes to the worker, whose END goes to the client."""
     worker, client = scene.worker(), scene.client()
     id_, route = scene.running(client, worker)
     queued = scene.request(client)
     client.expect(T.ACCEPTED, rule="R16")
-    client.send(T.CANCEL, queued)
-    ends(scene.output(client, "C2"), "C2", "cancelled")
+    for rule in ("C2", "C1"):
+        client.send(T.CANCEL, queued)
+        ends(scene.output(client, rule), rule, "cancelled")
     client.send(T.CANCEL, id_)
     if worker.expect(T.CANCEL, rule="C3").id != id_:
         raise Broken("C3", "CANCEL of another request")
@@ -221,13 +223,13 @@ def broker_goodbye_cancels(scene: BrokerScene) -> None:
     if worker.expect(T.CANCEL, rule="C6").id != id_:
         raise Broken("C6", "CANCEL of another request")
     scene.finish(worker, id_, route, reason="cancelled")
-    worker.quiet("C6", "the queued request is nobody's")
+    worker.quiet("C6", "the queued request was cancelled")
 
 
 @case("broker", "C6", "M14")
 def broker_orphan(scene: BrokerScene) -> None:
-    """A client vanishes, or leaves with `protocol_error`: its request runs on, until the orphan
-    grace is over; then it is cancelled."""
+    """A client vanishes, or leaves with `protocol_error`: its request runs on until the orphan
+    grace is over, and is then cancelled."""
     worker, client, other = scene.worker(slots=2), scene.client(), scene.client("other")
     ids = {scene.running(client, worker)[0], scene.running(other, worker)[0]}
     client.vanish()
@@ -240,7 +242,7 @@ def broker_orphan(scene: BrokerScene) -> None:
 
 @case("broker", "W3")
 def broker_window(scene: BrokerScene) -> None:
-    """WINDOW goes to the worker; one that is not above the last, or of another client, does not."""
+    """WINDOW goes to the worker, unless it is not above the last or comes from another client."""
     worker, client, other = scene.worker(), scene.client(), scene.client("other")
     id_ = new_id(scene.random)
     client.send(T.REQUEST, id_, scene.body(window=16))
@@ -251,16 +253,17 @@ def broker_window(scene: BrokerScene) -> None:
     got = worker.expect(T.WINDOW, rule="W3")
     if got.id != id_ or got.body.limit != 32:
         raise Broken(
-            "W3", f"WINDOW {got.body.limit} came; only 32 is above the last and the client's"
+            "W3",
+            f"WINDOW {got.body.limit}; expected 32, the client's only higher one",
         )
 
 
-# --- what interrupts ------------------------------------------------------------------------------
+# --- interruptions --------------------------------------------------------------------------------
 
 
 @case("broker", "M1", "S14", "S17")
 def broker_interrupted(scene: BrokerScene) -> None:
-    """A worker leaves: drained, engine dead, or without a word: `lost` and the code say which."""
+    """A worker leaves drained, with a dead engine, or without GOODBYE: `lost` and the code tell."""
     client = scene.client()
     for reason, code, lost in (
         ("drained", "draining", False),
@@ -279,12 +282,14 @@ def broker_interrupted(scene: BrokerScene) -> None:
         if got.body.epoch != 0 or got.body.worker != f"{reason or 'vanishing'}-{scene.name}":
             raise Broken("M1", f"INTERRUPTED {got.plain}")
         if lost and not got.body.alone:
-            raise Broken("M9", "the worker ran nothing else, before the first token: alone was due")
+            raise Broken(
+                "M9", "the worker ran nothing else, before the first token; expected alone"
+            )
 
 
 @case("broker", "M1")
 def broker_silent_worker(scene: BrokerScene) -> None:
-    """A worker falls silent: INTERRUPTED with `lost` false, since that may be the network."""
+    """A worker falls silent: INTERRUPTED with `lost` false, since the cause may be the network."""
     worker, client = scene.worker(), scene.client()
     id_, _ = scene.running(client, worker)
     worker.beats = False
@@ -292,12 +297,13 @@ def broker_silent_worker(scene: BrokerScene) -> None:
     worker.silence_s = 3600.0
     got = client.next(seconds=limit_s + scene.stage.patience_s)
     if got is None or got.type is not T.INTERRUPTED or got.id != id_ or got.body.lost:
-        raise Broken("M1", f"{got and got.plain}; INTERRUPTED with lost false was due")
+        raise Broken("M1", f"{got and got.plain}; expected INTERRUPTED with lost false")
 
 
 @case("broker", "G4")
 def broker_reject(scene: BrokerScene) -> None:
-    """REJECT: `retryable` true interrupts, false fails, whatever the code; the slot is back."""
+    """REJECT: `retryable` true interrupts, false fails, whatever the code; the slot is free
+    again."""
     worker, client = scene.worker(), scene.client()
     for retryable in (True, False):
         id_, _ = scene.running(client, worker)
@@ -316,8 +322,8 @@ def broker_reject(scene: BrokerScene) -> None:
 
 @case("broker", "M7", "M4", "M11")
 def broker_resume(scene: BrokerScene) -> None:
-    """RESUME of a running request: ASSIGN with `attach` to its worker, at its epoch, without a
-    credit; the same epoch again is a copy, an older one fails."""
+    """RESUME of a running request: ASSIGN with `attach` to its worker, at the new epoch, without
+    using credit; the same epoch again is a copy, an older one fails."""
     worker, client = scene.worker(), scene.client()
     id_, route = scene.running(client, worker)
     worker.events(route, [0, id_, 0, 0, [1], " w"])
@@ -326,26 +332,26 @@ def broker_resume(scene: BrokerScene) -> None:
     scene.resume(client, id_, epoch, token_ids=[1], text_characters=2)
     got = worker.expect(T.ASSIGN, rule="M7")
     if got.id != id_ or not got.body.attach or got.body.epoch != epoch:
-        raise Broken("M7", f"ASSIGN {got.plain}; attach at epoch {epoch} was due")
+        raise Broken("M7", f"ASSIGN {got.plain}; expected attach at epoch {epoch}")
     route = got.body.reply_to
     scene.resume(client, id_, epoch, token_ids=[1], text_characters=2)
-    worker.quiet("M4", "a RESUME of the present epoch is a copy")
+    worker.quiet("M4", "a RESUME with the current epoch is a copy")
     scene.resume(client, id_, 1)
     event = scene.failed(client, id_, "invalid_request", "M4")
     if event.epoch != 1:
-        raise Broken("M4", f"FAIL with epoch {event.epoch}; that of the RESUME was due")
+        raise Broken("M4", f"FAIL with epoch {event.epoch}; expected that of the RESUME")
     scene.finish(worker, id_, route, tokens=1, epoch=epoch)
     ends(scene.output(client, "M11"), "M11", "stop")
     scene.resume(client, id_, next_epoch(epoch, scene.random), token_ids=[1])
     got = worker.expect(T.ASSIGN, rule="M7")
     if got.id != id_ or not got.body.attach:
-        raise Broken("M7", "a request that has just ended is attached too")
+        raise Broken("M7", "expected attach, also to a request that has just ended")
 
 
 @case("broker", "R13", "M4", "R12")
 def broker_stolen(scene: BrokerScene) -> None:
-    """Another session resumes a running request: the first gets FAIL `duplicate_request`, and no
-    token more; an epoch that is not higher gets that FAIL itself."""
+    """Another session resumes a running request: the first gets FAIL `duplicate_request` and no
+    more tokens; a RESUME whose epoch is not higher gets that FAIL itself."""
     worker, client, thief = scene.worker(), scene.client(), scene.client("thief")
     id_, old = scene.running(client, worker)
     epoch = next_epoch(0, scene.random)
@@ -353,7 +359,7 @@ def broker_stolen(scene: BrokerScene) -> None:
     scene.failed(client, id_, "duplicate_request", "R13")
     got = worker.expect(T.ASSIGN, rule="M7")
     if not got.body.attach or got.body.reply_to == old:
-        raise Broken("R12", f"ASSIGN {got.plain}: another session has another route")
+        raise Broken("R12", f"ASSIGN {got.plain}; expected another route for another session")
     worker.events(old, [0, id_, 0, 0, [1], " late"])
     worker.events(got.body.reply_to, [0, id_, epoch, 0, [2], " new"])
     (event,) = scene.output(thief, "M7")
@@ -366,8 +372,8 @@ def broker_stolen(scene: BrokerScene) -> None:
 
 @case("broker", "M7", "M8")
 def broker_resume_unknown(scene: BrokerScene) -> None:
-    """RESUME of a request that the broker never saw: queued as new, ASSIGN without `attach` at its
-    epoch, and not to a worker that it was lost with."""
+    """RESUME of a request that the broker never saw: queued like a new one; ASSIGN without
+    `attach`, at its epoch, and not to a worker that it was lost with."""
     lost, good, client = scene.worker("lost", 4), scene.worker("good", 1), scene.client()
     id_, epoch = new_id(scene.random), next_epoch(0, scene.random)
     name = f"lost-{scene.name}"
@@ -381,7 +387,7 @@ def broker_resume_unknown(scene: BrokerScene) -> None:
         )
     if got.body.attach or got.body.epoch != epoch or got.frames[2] != msgpack.packb(body):
         raise Broken(
-            "M7", f"ASSIGN {got.plain}; not to attach, at epoch {epoch}, the body unchanged"
+            "M7", f"ASSIGN {got.plain}; expected no attach, epoch {epoch} and the body unchanged"
         )
 
 
@@ -396,23 +402,23 @@ def broker_client_comes_back(scene: BrokerScene) -> None:
     scene.resume(again, id_, epoch, holder=f"worker-{scene.name}")
     got = worker.expect(T.ASSIGN, rule="M7")
     if not got.body.attach or got.body.reply_to == old:
-        raise Broken("M7", f"ASSIGN {got.plain}; attach on a new route was due")
+        raise Broken("M7", f"ASSIGN {got.plain}; expected attach on a new route")
     worker.events(old, [0, id_, 0, 0, [1], " dead"])
     worker.events(got.body.reply_to, [0, id_, epoch, 0, [2], " live"])
     if scene.output(again, "R12")[0].text != " live":
-        raise Broken("R12", "OUTPUT of a dead route reached a client")
+        raise Broken("R12", "OUTPUT under an old route reached a client")
 
 
 @case("broker", "M7", "G4")
 def broker_holder(scene: BrokerScene) -> None:
-    """RESUME names a holder that is connected: attached there; the holder does not have it: REJECT
-    of an ASSIGN with `attach` interrupts, and gives no slot back."""
+    """RESUME names a holder that is connected: attached there. If the holder does not have it, its
+    REJECT interrupts the request, and frees no slot."""
     worker, client = scene.worker("holder"), scene.client()
     id_ = new_id(scene.random)
     scene.resume(client, id_, next_epoch(0, scene.random), holder=f"holder-{scene.name}")
     got = worker.expect(T.ASSIGN, rule="M7")
     if not got.body.attach:
-        raise Broken("M7", "the holder is here: attach was due")
+        raise Broken("M7", "the holder is connected; expected attach")
     error = {"code": "worker_lost", "message": "not here", "retryable": True}
     worker.send(T.REJECT, id_, {"error": error, "granted": worker.granted})
     interrupted(client, id_, "worker_lost", "G4", lost=False)
@@ -420,8 +426,9 @@ def broker_holder(scene: BrokerScene) -> None:
 
 @case("broker", "M7", "M14", "G7")
 def broker_worker_comes_back(scene: BrokerScene) -> None:
-    """A worker loses its connection and comes back with the request in `holds`: the client's RESUME
-    is attached there; one that ended unread is reported in a ledger without a route."""
+    """A worker loses its connection and comes back with two requests in `holds`: the client's
+    RESUME is attached to the running one; a ledger without a route reports the one that ended
+    unread."""
     instance = b"\7" * 16
     worker, client = scene.worker(slots=2, instance=instance), scene.client()
     id_, _ = scene.running(client, worker)
@@ -439,13 +446,13 @@ def broker_worker_comes_back(scene: BrokerScene) -> None:
     scene.resume(client, id_, epoch, lost_workers=[f"worker-{scene.name}"])
     got = again.expect(T.ASSIGN, rule="M7")
     if got.id != id_ or not got.body.attach:
-        raise Broken("M7", f"ASSIGN {got.plain}; the worker holds it: attach was due")
+        raise Broken("M7", f"ASSIGN {got.plain}; expected attach, since the worker holds it")
 
 
 @case("broker", "M17")
 def broker_resume_loop(scene: BrokerScene) -> None:
-    """A worker rejects, and the client resumes at once, again and again: FAIL `overloaded` ends
-    that, and says when to come back."""
+    """A worker rejects and the client resumes at once, again and again: FAIL `overloaded` stops the
+    loop, and says when to come back."""
     worker, client = scene.worker(), scene.client()
     id_, _ = scene.running(client, worker)
     epoch = 0
@@ -463,17 +470,18 @@ def broker_resume_loop(scene: BrokerScene) -> None:
             (event,) = got.body
             told = isinstance(event, messages.FailEvent) and event.error
             if not told or told.code != "overloaded" or not told.retryable:
-                raise Broken("M17", f"{event}; FAIL overloaded, retryable was due")
+                raise Broken("M17", f"{event}; expected FAIL overloaded, retryable")
             if not told.retry_after_ms or event.epoch != epoch:
-                raise Broken("M17", f"{event}; retry_after_ms and the epoch of the RESUME were due")
+                raise Broken("M17", f"{event}; expected retry_after_ms and the epoch of the RESUME")
             return
         scene.assigned(worker, id_, "M7")
-    raise Broken("M17", "40 RESUMEs at the speed of the network")
+    raise Broken("M17", "40 RESUMEs in a row were accepted without delay")
 
 
 @case("broker", "M9")
 def broker_poison(scene: BrokerScene) -> None:
-    """A request that three workers died of, alone: FAIL `poison`, and no worker gets it."""
+    """A request that killed three workers while it ran alone: FAIL `poison`, and no worker gets
+    it."""
     worker, client = scene.worker(), scene.client()
     id_ = new_id(scene.random)
     names = [f"dead-{n}-{scene.name}" for n in range(3)]
@@ -486,14 +494,14 @@ def broker_poison(scene: BrokerScene) -> None:
     got = client.next(T.ACCEPTED, seconds=20.0)
     event = got.body[0] if got is not None and got.type is T.OUTPUT else None
     if not isinstance(event, messages.FailEvent) or event.error.code != "poison":
-        raise Broken("M9", f"{got and got.plain}; FAIL poison was due")
+        raise Broken("M9", f"{got and got.plain}; expected FAIL poison")
     worker.quiet("M9", "no worker gets it")
 
 
 @case("broker", "M9", "M10")
 def broker_suspect(scene: BrokerScene) -> None:
-    """A request that two workers were lost with runs alone, until it has run for 0.5 s after its
-    first token: then ACCEPTED names them in `returned`, and others run beside it."""
+    """A request that was lost with two workers runs alone until 0.5 s after its first token; then
+    ACCEPTED names them in `returned`, and other requests run beside it."""
     worker, client = scene.worker(slots=2), scene.client()
     names = [f"dead-{n}-{scene.name}" for n in range(2)]
     id_, epoch = new_id(scene.random), next_epoch(0, scene.random)
@@ -513,22 +521,23 @@ def broker_suspect(scene: BrokerScene) -> None:
         if told is not None and told.type is T.ACCEPTED and told.id == id_:
             returned = set(told.body.returned)
         if told is None:
-            # Its next ledger, after a while, is what the broker goes by.
+            # The broker notices by the next ledger that the time has passed.
             worker.events(got.body.reply_to, ledger=[2, [], []])
     if returned != set(names):
-        raise Broken("M9", f"ACCEPTED.returned {returned}; {set(names)} were due")
+        raise Broken("M9", f"ACCEPTED.returned {returned}; expected {set(names)}")
     scene.assigned(worker, beside, "M9")
 
 
 @case("broker", "R12")
 def broker_foreign_route(scene: BrokerScene) -> None:
-    """A worker sends OUTPUT under another worker's route: nobody gets it, and its session lives."""
+    """A worker sends OUTPUT under another worker's route: nobody gets it, and its session goes
+    on."""
     worker, client = scene.worker("first"), scene.client()
     id_, route = scene.running(client, worker)
     other = scene.worker("other")
     other.events(route, [0, id_, 0, 0, [6], " EVIL"])
-    other.quiet("R12", "dropped without a word")
-    client.quiet("R12", "nothing of another worker's")
+    other.quiet("R12", "it is dropped silently")
+    client.quiet("R12", "another worker's OUTPUT is dropped")
     worker.events(route, [0, id_, 0, 0, [1], " good"])
     if scene.output(client, "R12")[0].text != " good":
         raise Broken("R12", "OUTPUT of another worker reached the client")
@@ -537,7 +546,7 @@ def broker_foreign_route(scene: BrokerScene) -> None:
 @case("broker", "K4", "R15")
 def broker_report(scene: BrokerScene) -> None:
     """A worker's OUTPUT is not an array: it reaches the client unread, and the client reports it;
-    the broker cuts the worker off, names it, and interrupts what ran there."""
+    the broker cuts the worker off, names it, and interrupts its requests."""
     worker, client = scene.worker(), scene.client()
     id_, route = scene.running(client, worker)
     worker.send(T.OUTPUT, route, {"no": "array"})
@@ -550,11 +559,11 @@ def broker_report(scene: BrokerScene) -> None:
         client.inbox.clear()
     if raw is None:
         raise Broken("R15", "OUTPUT did not reach the client as it came")
-    client.broken = None  # the case made it
+    client.broken = None  # the kit itself caused it
     sequence = client.expected
     client.expected += 1
     query = new_id(scene.random)
-    args = {"sequence": sequence, "why": "a map in the place of the array"}
+    args = {"sequence": sequence, "why": "a map instead of the array"}
     client.send(T.QUERY, query, {"verb": "bus.report", "args": args})
     told = {}
     for _ in range(2):
@@ -565,7 +574,7 @@ def broker_report(scene: BrokerScene) -> None:
     if answer is None or (answer.body.result or {}).get("worker") != f"worker-{scene.name}":
         raise Broken("K4", f"bus.report was answered with {answer and answer.plain}")
     if gone is None or gone.id != id_:
-        raise Broken("K4", "what ran at the worker was not interrupted")
+        raise Broken("K4", "the worker's request was not interrupted")
     got = worker.expect(T.REFUSE, rule="K4")
     if got.body.error.code != "protocol_error":
         raise Broken("K4", f"the worker was refused with {got.body.error.code}")

@@ -13,28 +13,28 @@ from tests.conformance.wire import Peer, new_id
 
 
 def refused(peer: Peer, code: str, rule: str, fatal: bool | None = None) -> None:
-    """REFUSE is the next message."""
+    """Check that the next message is this REFUSE."""
     got = peer.expect(T.REFUSE, rule=rule)
     if got.body.error.code != code:
-        raise Broken(rule, f"REFUSE {got.body.error.code}; {code} was due")
+        raise Broken(rule, f"REFUSE {got.body.error.code}; expected {code}")
     if fatal is not None and got.body.fatal != fatal:
-        raise Broken(rule, f"REFUSE {code} with fatal {got.body.fatal}; {fatal} was due")
+        raise Broken(rule, f"REFUSE {code} with fatal {got.body.fatal}; expected {fatal}")
 
 
 @case("broker", "S3", "S4", "F4")
 def broker_welcome(scene: BrokerScene) -> None:
-    """A client that speaks versions 0 to 5 says HELLO: WELCOME, sequence 0, version 1."""
+    """A client that speaks versions 0 to 5 says HELLO: WELCOME with sequence 0 and version 1."""
     first = scene.client(min_version=0, max_version=5)
     if first.welcome.version != 1:
-        raise Broken("S4", f"version {first.welcome.version}; 1 is the only one there is")
+        raise Broken("S4", f"version {first.welcome.version}; expected 1, the only one that exists")
     second = scene.client()
     if first.id == second.id:
-        raise Broken("S3", "two sessions of one id")
+        raise Broken("S3", "two sessions with the same id")
 
 
 @case("broker", "T1")
 def broker_routing_id(scene: BrokerScene) -> None:
-    """A routing id of five bytes says HELLO: refused for good."""
+    """A client with a routing id of five bytes says HELLO: refused for good."""
     peer = scene.peer("client", routing_id=b"short")
     peer.connect()
     peer.send(T.HELLO, NO_ID, {"role": "client", "name": "x"})
@@ -43,7 +43,7 @@ def broker_routing_id(scene: BrokerScene) -> None:
 
 @case("broker", "S7")
 def broker_beats(scene: BrokerScene) -> None:
-    """An idle client hears from the broker, at its interval."""
+    """An idle client gets HEARTBEATs at the broker's interval."""
     client = scene.client()
     begun_s, beats = time.monotonic(), 0
     while time.monotonic() - begun_s < 4 * client.interval_s + 1.0:
@@ -57,7 +57,7 @@ def broker_beats(scene: BrokerScene) -> None:
 
 @case("broker", "S8", "S1")
 def broker_silence(scene: BrokerScene) -> None:
-    """A client falls silent: GOODBYE `silent`; what it says then is of an unknown session."""
+    """A client falls silent: GOODBYE `silent`; what it sends later belongs to no session."""
     client = scene.client()
     client.beats = False
     limit_s = client.interval_s * client.welcome.liveness
@@ -66,10 +66,12 @@ def broker_silence(scene: BrokerScene) -> None:
     lasted_s = time.monotonic() - begun_s
     if got is None or got.type is not T.GOODBYE or got.body.reason != "silent":
         raise Broken(
-            "S8", f"{got and got.type.name} after {lasted_s:.1f} s; GOODBYE silent was due"
+            "S8", f"{got and got.type.name} after {lasted_s:.1f} s; expected GOODBYE silent"
         )
     if lasted_s < limit_s * 0.8:
-        raise Broken("S8", f"silent after {lasted_s:.1f} s already; {limit_s:g} s are allowed")
+        raise Broken(
+            "S8", f"GOODBYE after only {lasted_s:.1f} s of silence; {limit_s:g} s are allowed"
+        )
     client.send(T.HEARTBEAT, client.id)
     got = client.next(seconds=1.0)  # the broker MAY have closed the connection
     if got is not None and (got.type is not T.REFUSE or got.body.error.code != "unknown_session"):
@@ -77,19 +79,19 @@ def broker_silence(scene: BrokerScene) -> None:
 
 
 @case("broker", "S14")
-def broker_goodbye_for_a_whim(scene: BrokerScene) -> None:
+def broker_goodbye_unknown_reason(scene: BrokerScene) -> None:
     """A client leaves with a reason that nobody knows: it counts as closed, and cancels."""
     worker, client = scene.worker(), scene.client()
     id_, _ = scene.running(client, worker)
-    client.leave("whim")
+    client.leave("x-unknown")
     if worker.expect(T.CANCEL, rule="S14").id != id_:
         raise Broken("S14", "CANCEL of another request")
 
 
 @case("broker", "S15")
 def broker_name_taken(scene: BrokerScene) -> None:
-    """Another worker comes by the name of one that is here: refused, not for good; the first is
-    asked whether it lives; itself, it may come again."""
+    """Another worker comes with the name of a connected one: refused for now, and the first is
+    asked whether it lives. The first itself may come again."""
     first = scene.worker(instance=b"\1" * 16)
     first.rest(0.1)
     beats_before = sum(got.type is T.HEARTBEAT for got in first.inbox)
@@ -105,7 +107,7 @@ def broker_name_taken(scene: BrokerScene) -> None:
     until_s = time.monotonic() + scene.stage.patience_s
     while sum(got.type is T.HEARTBEAT for got in first.inbox) <= beats_before:
         if time.monotonic() > until_s:
-            raise Broken("S15", "the first was not asked for a sign of life")
+            raise Broken("S15", "the first worker was not asked whether it lives")
         first.pump(0.05)
         other.pump(0.0)
     again = scene.peer("worker")
@@ -114,7 +116,7 @@ def broker_name_taken(scene: BrokerScene) -> None:
 
 @case("broker", "G3", "S12")
 def broker_worker_drains(scene: BrokerScene) -> None:
-    """A worker with free slots says DRAIN: nothing new comes, another one gets it."""
+    """A worker with free slots says DRAIN: new requests go to another one."""
     leaving, staying = scene.worker("leaving", 4), scene.worker("staying", 1)
     leaving.send(T.DRAIN, leaving.id, {"reason": "test", "deadline_ms": 10_000})
     leaving.rest(0.2)
@@ -157,7 +159,7 @@ def broker_verbs(scene: BrokerScene) -> None:
     rows = scene.query(client, "bus.models").result
     (mine,) = [row for row in rows if row["name"] == scene.model] or [{}]
     if mine.get("capacity") != 3 or mine.get("workers") != 1:
-        raise Broken("Q1", f"bus.models says of a model with one worker of three slots: {mine}")
+        raise Broken("Q1", f"bus.models describes a model with one worker of three slots as {mine}")
 
 
 @case("broker", "Q2")
@@ -175,7 +177,7 @@ def broker_hold(scene: BrokerScene) -> None:
 
 @case("broker", "E1", "L1")
 def broker_garbage(scene: BrokerScene) -> None:
-    """Bodies of random bytes: refused each time, and the broker serves whoever is well-behaved."""
+    """Bodies of random bytes: each is refused, and the broker goes on to serve other peers."""
     worker, client = scene.worker(), scene.client()
     for length in (0, 1, 7, 100, 5000):
         peer = scene.client("garbage")
@@ -189,8 +191,8 @@ def broker_garbage(scene: BrokerScene) -> None:
 
 @case("broker", "S12", "S13", alone=True)
 def broker_shutdown(scene: BrokerScene) -> None:
-    """`bus.shutdown` while a stream runs: its client gets DRAIN, a newcomer is refused `draining`,
-    the stream ends, and all get GOODBYE `shutdown`."""
+    """`bus.shutdown` while a stream runs: its client gets DRAIN, a new client is refused
+    `draining`, the stream ends, and all peers get GOODBYE `shutdown`."""
     worker, client = scene.worker(), scene.client()
     id_, route = scene.running(client, worker)
     scene.query(client, "bus.shutdown", deadline_ms=8000)
@@ -208,7 +210,7 @@ def broker_shutdown(scene: BrokerScene) -> None:
     for peer in (client, worker):
         got = peer.expect(T.GOODBYE, T.OUTPUT, rule="S14")
         if got.body.reason != "shutdown":
-            raise Broken("S14", f"GOODBYE {got.body.reason}; shutdown was due")
+            raise Broken("S14", f"GOODBYE {got.body.reason}; expected shutdown")
     if scene.subject.wait(scene.stage.patience_s) is None:
-        raise Broken("S12", "the broker goes on")
+        raise Broken("S12", "the broker still runs")
     scene.leaves = True

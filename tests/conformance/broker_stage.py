@@ -1,4 +1,4 @@
-"""Where a case of a broker plays: the subject is a broker, the kit plays clients and workers."""
+"""The stage for cases of a broker, at which the kit plays clients and workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from broker.protocol import messages
 from broker.protocol.header import MessageType as T
 from tests.conformance.subject import Subject, free_port, wait_for_port
 from tests.conformance.verdicts import Broken
-from tests.conformance.wire import START_S, Got, Peer, new_id
+from tests.conformance.wire import START_LIMIT_S, Got, Peer, new_id
 
 
 class BrokerStage:
@@ -26,17 +26,17 @@ class BrokerStage:
         self.subject = Subject(command, {"front": self.front, "back": self.back}, log)
         try:
             for address in (self.front, self.back):
-                wait_for_port(int(address.rpartition(":")[2]), self.subject, START_S)
+                wait_for_port(int(address.rpartition(":")[2]), self.subject, START_LIMIT_S)
         except BaseException:
             self.subject.stop()
             raise
 
     def scene(self, name: str, seed: str) -> BrokerScene:
-        """For one case."""
+        """The scene of one case."""
         return BrokerScene(self, name, seed)
 
     def stop(self) -> None:
-        """The end."""
+        """Stop the subject."""
         self.subject.stop()
 
 
@@ -51,7 +51,7 @@ class BrokerScene:
         self.model = f"model-{self.name}"
         self.context: zmq.Context[Any] = zmq.Context()
         self.peers: list[Peer] = []
-        #: The broker has been told to stop.
+        #: The case has told the broker to stop.
         self.leaves = False
 
     def peer(self, role: str, routing_id: bytes | None = None) -> Peer:
@@ -83,7 +83,7 @@ class BrokerScene:
         return peer
 
     def grant(self, worker: Peer, more: int = 1) -> None:
-        """CREDIT for so many more."""
+        """CREDIT for `more` slots."""
         worker.granted += more
         worker.send(T.CREDIT, worker.id, {"granted": worker.granted})
 
@@ -99,18 +99,18 @@ class BrokerScene:
         } | more
 
     def request(self, client: Peer, *attachments: bytes, **more: Any) -> bytes:
-        """REQUEST; its id."""
+        """Send a REQUEST; return its id."""
         id_ = new_id(self.random)
         client.send(T.REQUEST, id_, self.body(**more), *attachments)
         return id_
 
     def resume(self, client: Peer, id_: bytes, epoch: int, **more: Any) -> None:
-        """RESUME; further facts by name."""
+        """Send a RESUME with these fields."""
         facts = {"epoch": epoch, **more}
         client.send(T.RESUME, id_, self.body(resume=facts))
 
     def running(self, client: Peer, worker: Peer) -> tuple[bytes, bytes]:
-        """A request that the worker has; id and route. Both have read all that came."""
+        """A request that runs at the worker: its id and route. Both inboxes are read."""
         id_ = self.request(client)
         assign = self.assigned(worker, id_)
         self.placed(client, id_)
@@ -120,7 +120,7 @@ class BrokerScene:
         """The ASSIGN of this request."""
         got = worker.expect(T.ASSIGN, rule=rule)
         if got.id != id_:
-            raise Broken(rule, f"ASSIGN of {got.id.hex()[:8]} in the place of {id_.hex()[:8]}")
+            raise Broken(rule, f"ASSIGN of {got.id.hex()[:8]} instead of {id_.hex()[:8]}")
         return got
 
     def placed(self, client: Peer, id_: bytes) -> Got:
@@ -142,9 +142,9 @@ class BrokerScene:
         events = self.output(client, rule)
         (event,) = events if len(events) == 1 else (None,)
         if not isinstance(event, messages.FailEvent) or event.request_id != id_:
-            raise Broken(rule, f"{events} came in the place of FAIL {code}")
+            raise Broken(rule, f"{events} came instead of FAIL {code}")
         if code and event.error.code != code:
-            raise Broken(rule, f"FAIL {event.error.code} ({event.error.message}); {code} was due")
+            raise Broken(rule, f"FAIL {event.error.code} ({event.error.message}); expected {code}")
         return event
 
     def finish(
@@ -156,13 +156,13 @@ class BrokerScene:
         epoch: int = 0,
         reason: str = "stop",
     ) -> None:
-        """END with its ledger; the slot is granted again."""
+        """Send END with its ledger, which grants the slot again."""
         worker.granted += 1
         end = [1, id_, epoch, tokens, reason, "", {}, {}]
         worker.events(route, end, ledger=[worker.granted, [[id_, reason, 1, tokens]]])
 
     def query(self, client: Peer, verb: str, **args: Any) -> Any:
-        """The body of the ANSWER."""
+        """Send a QUERY; return the body of its ANSWER."""
         id_ = new_id(self.random)
         client.send(T.QUERY, id_, {"verb": verb, "args": args})
         got = client.expect(T.ANSWER, T.ACCEPTED, T.OUTPUT, rule="Q1")
@@ -171,7 +171,7 @@ class BrokerScene:
         return got.body
 
     def close(self) -> None:
-        """Everything of the case is given back, and the broker still takes a client."""
+        """Disconnect all peers of the case, and check that the broker still runs."""
         for peer in list(self.peers):
             if peer.over:
                 peer.vanish()

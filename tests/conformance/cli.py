@@ -1,7 +1,8 @@
 """The command: reads options, plays the cases, prints verdicts.
 
-Cases run beside each other: those of a client with a process each, those of a broker at one broker,
-those of a worker in a few rows, each with a worker that lasts as long as it keeps the rules.
+Cases run concurrently: each case of a client has a process of its own, those of a broker share one
+broker, and those of a worker run in a few rows, each with a worker that is replaced when it breaks
+a rule.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ MODULES: Final = (
     client_cases,
     wrong_cases,
 )
-"""They enter their cases into the list when they are imported."""
+"""Modules that register their cases when they are imported."""
 
 Stage = BrokerStage | WorkerStage | ClientStage
 STAGES: Final[dict[Party, Any]] = {
@@ -59,19 +60,19 @@ STAGES: Final[dict[Party, Any]] = {
     "client": ClientStage,
 }
 DESCRIPTION: Final = """Judge a client, a worker or a broker, in any language, by the rules of
-broker/protocol/SPEC.md. The kit stands as the other side, speaks over loopback TCP, and gives each
-case a verdict that cites a rule by its number."""
-EPILOG: Final = """COMMAND starts the subject. It finds the kit at addresses that stand for
-{front}, {back} or {broker} in its arguments, and in the environment:
+broker/protocol/SPEC.md. The kit plays the other side over loopback TCP, and gives each case a
+verdict that cites a rule by its number."""
+EPILOG: Final = """COMMAND starts the subject. The kit replaces {front}, {back} and {broker} in its
+arguments by addresses, and sets them in the environment too:
 
   broker   binds {front} (KIT_FRONT) for clients and {back} (KIT_BACK) for workers. Short times make
-           a short run: client heartbeat 0.25 s, 12 of them; orphan grace 1 s; model grace 0.
-  worker   connects to {broker} (KIT_BROKER); serves a model with kind complete, two slots at
-           least, and takes 2 ms or more for a token.
-  client   connects to {broker} (KIT_BROKER); reads a script from standard input and says what it
-           sees on standard output, a JSON object in each line: tests/conformance/README.md.
+           a short run: client heartbeat 0.25 s, liveness 12, orphan grace 1 s, model grace 0.
+  worker   connects to {broker} (KIT_BROKER); serves a model with kind complete in at least two
+           slots, and takes 2 ms or more for a token.
+  client   connects to {broker} (KIT_BROKER); reads a script from standard input and reports what
+           it sees on standard output, one JSON object a line: tests/conformance/README.md.
 
-exit status: 0 no rule broken, 1 some rule broken, 2 the command cannot be started
+exit status: 0 no rule was broken, 1 some rule was broken, 2 the command cannot be started
 
 examples:
   python -m tests.conformance client -- python -m tests.conformance.driver
@@ -80,7 +81,7 @@ examples:
   python -m tests.conformance broker -- python -m broker --front {front} --back {back} \\
       --client-heartbeat-s 0.25 --client-liveness 12 --orphan-grace-s 1 --model-grace-s 0
   python -m tests.conformance client --only window,S7 --junit verdict.xml -- node client.js
-  python -m tests.conformance --rules                    which case judges which rule"""
+  python -m tests.conformance --rules                    which cases judge which rule"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,15 +97,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only", metavar="LIST", default="", help="cases or rules, separated by commas"
     )
-    made.add_argument("--skip", metavar="LIST", default="", help="cases not to be tried")
+    made.add_argument("--skip", metavar="LIST", default="", help="cases to leave out")
     made.add_argument(
-        "--seed", type=int, metavar="N", help="of ids, prompts, tokens [drawn and told]"
+        "--seed", type=int, metavar="N", help="seed of ids, prompts and tokens [random, printed]"
     )
     made.add_argument(
         "--junit", type=Path, metavar="FILE", help="also write the verdicts as JUnit XML"
     )
     made.add_argument(
-        "--log", type=Path, metavar="FILE", help="standard error of the subject [a temporary file]"
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="where the subject's standard error goes [a temporary file]",
     )
     made.add_argument(
         "--patience",
@@ -118,9 +122,9 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=4,
         metavar="N",
-        help="cases at a time [%(default)s]",
+        help="cases that run at the same time [%(default)s]",
     )
-    made.add_argument("--list", action="store_true", help="list the cases and what goes on in them")
+    made.add_argument("--list", action="store_true", help="list the cases and what happens in them")
     made.add_argument(
         "--rules", action="store_true", help="list the rules, and the cases that judge them"
     )
@@ -128,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
+    """Run; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command: list[str] = []
     if "--" in words:
@@ -184,7 +188,7 @@ def _chosen(party: Party, only: str, skip: str) -> list[Case]:
     for word in (*wanted, *unwanted):
         if word not in known:
             raise ValueError(
-                f"no case of a {party} has the name or rule {word!r}; --list shows them"
+                f"no case of a {party} has the name or the rule {word!r}; --list shows them all"
             )
     return [
         case
@@ -216,8 +220,8 @@ def _play(
             finally:
                 shared.stop()
         elif together:
-            hands = min(options.jobs, len(together))
-            rows = [together[hand::hands] for hand in range(hands)]
+            count = min(options.jobs, len(together))
+            rows = [together[number::count] for number in range(count)]
             done = pool.map(lambda row: list(_in_turn(row, stage, seed)), rows)
             for verdicts in done:
                 yield from verdicts
@@ -225,7 +229,7 @@ def _play(
 
 
 def _in_turn(cases: list[Case], stage: Any, seed: int) -> Iterable[Verdict]:
-    """One after the other, on one subject as long as it keeps the rules."""
+    """Play cases one after another; a subject is used until it breaks a rule."""
     shared: Stage | None = None
     try:
         for case in cases:

@@ -1,4 +1,4 @@
-"""Cases of a client (sections 5 and 6): the kit is its broker, and tells it what to ask."""
+"""Cases of a client (sections 5 and 6): the kit is its broker, and writes its script."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.conformance.wire import Got, Session, new_id
 
 
 def resumed(stage: ClientStage, session: Session, answer: Answer) -> Got:
-    """RESUME of this answer: everything in it is as the page says, against what was sent."""
+    """The RESUME of this answer, checked against what was sent."""
     got = stage.asked(session, T.RESUME, "M1")
     first, resume = answer.got.body, got.body.resume
     if got.id != answer.id:
         raise Broken("M5", "RESUME with another id")
     step = resume.epoch - answer.epoch
     if not 1 << 36 <= step < 1 << 37:
-        raise Broken("M3", f"the epoch rose by {step}; 2^36 and 36 random bits were due")
+        raise Broken("M3", f"the epoch rose by {step}; expected 2^36 and 36 random bits")
     if resume.token_ids != answer.ids:
         raise Broken("M5", f"RESUME of {len(resume.token_ids)} tokens; {len(answer.ids)} were sent")
     if resume.text_characters != len(answer.text):
@@ -43,7 +43,7 @@ def resumed(stage: ClientStage, session: Session, answer: Answer) -> Got:
 def goes_on(
     stage: ClientStage, session: Session, answer: Answer, got: Got, worker: str = "w2"
 ) -> None:
-    """The answer after a RESUME, to its end, and what the client shows of it."""
+    """Continue the answer after a RESUME to its end, and check what the client shows of it."""
     after = answer.goes_on(session, got, worker)
     after.tokens(2)
     after.end()
@@ -56,8 +56,8 @@ def goes_on(
 
 @case("client", "S1", "R4", "O2", "S14", "R13")
 def client_course(stage: ClientStage) -> None:
-    """One answer: HELLO, REQUEST as the script says, tokens, the rest of the text in END; at the
-    end of the script GOODBYE, and exit status 0."""
+    """One answer: HELLO, REQUEST as the script says, tokens, the rest of the text in END; after the
+    script, GOODBYE and exit status 0."""
     stage.ask(tokens=7)
     session = stage.session(first=True)
     got = stage.asked(session)
@@ -72,10 +72,10 @@ def client_course(stage: ClientStage) -> None:
     answer.end("stop", "é, the end")
     stage.ended("stop", "R13")
     stage.shown(answer.text, "O2")
-    stage.subject.told_all()
+    stage.subject.end_script()
     got = session.expect(T.GOODBYE, T.WINDOW, rule="S14")
     if got.body.reason != "closed":
-        raise Broken("S14", f"GOODBYE {got.body.reason}; closed was due")
+        raise Broken("S14", f"GOODBYE {got.body.reason}; expected closed")
     status = stage.subject.wait(stage.patience_s)
     if status != 0:
         raise Broken("kit", f"exit status {status} after the script's end")
@@ -83,15 +83,15 @@ def client_course(stage: ClientStage) -> None:
 
 @case("client", "S7")
 def client_beats_while_it_reads(stage: ClientStage) -> None:
-    """Tokens come all the time, for three times as long as the broker bears silence: the client
-    sends HEARTBEATs by what it *sent* last."""
+    """Tokens keep coming, for three times as long as the broker tolerates silence: the client sends
+    HEARTBEATs all the same, timed by what it *sent* last."""
     stage.ask(tokens=500)
     session = stage.session(first=True, interval_s=0.15, liveness=8, window=1 << 20)
     answer = stage.run(session, stage.asked(session))
     until_s = time.monotonic() + 3 * session.silence_s
     while time.monotonic() < until_s:
         answer.tokens(1)
-        stage.stand.wait(0.03, session)
+        stage.broker.wait(0.03, session)
         if session.over:
             raise Broken("S7", "the client ended the session")
     answer.end()
@@ -101,19 +101,19 @@ def client_beats_while_it_reads(stage: ClientStage) -> None:
 
 @case("client", "S7")
 def client_beats_while_it_waits(stage: ClientStage) -> None:
-    """Nothing comes but heartbeats: the client sends its own."""
+    """Only heartbeats come: the client sends its own."""
     stage.ask()
     session = stage.session(first=True, interval_s=0.15, liveness=8)
     answer = stage.run(session, stage.asked(session))
-    stage.stand.wait(2.5 * session.silence_s, session)
+    stage.broker.wait(2.5 * session.silence_s, session)
     answer.end()
     stage.ended("length", "R13")
 
 
 @case("client", "W6", "W1")
 def client_window(stage: ClientStage) -> None:
-    """A broker whose window is 64, and an answer of 400 tokens: the client raises the limit before
-    it is used up, each time higher than before."""
+    """The window is 64, and the answer has 400 tokens: the client raises the limit, each time
+    higher than before, so that the answer never stops for good."""
     stage.ask(tokens=400)
     session = stage.session(first=True, window=64)
     got = stage.asked(session)
@@ -126,7 +126,7 @@ def client_window(stage: ClientStage) -> None:
         elif time.monotonic() > until_s:
             raise Broken("W6", f"{len(answer.ids)} tokens, limit {limit}: the limit is not raised")
         stage.listen(0.0)
-        stage.stand.pump(0.005)
+        stage.broker.pump(0.005)
         window = session.next(T.QUERY, seconds=0.0)
         if window is not None:
             if window.type is not T.WINDOW or window.body.limit <= limit:
@@ -139,14 +139,14 @@ def client_window(stage: ClientStage) -> None:
 
 @case("client", "R12", "R13", "R4")
 def client_two_at_once(stage: ClientStage) -> None:
-    """Two requests, whose events come in one OUTPUT: each gets its own."""
+    """Events of two requests come in one OUTPUT: each request gets its own."""
     stage.ask("a")
     session = stage.session(first=True)
     first = stage.run(session, stage.asked(session))
     stage.ask("b")
     second = stage.run(session, stage.asked(session))
     if first.id == second.id:
-        raise Broken("R4", "two requests of one id")
+        raise Broken("R4", "two requests with the same id")
     second.route = first.route
     session.send(T.ACCEPTED, second.id, {"worker": "w1", "route": first.route})
     events: list[list[Any]] = []
@@ -166,7 +166,7 @@ def client_two_at_once(stage: ClientStage) -> None:
 
 @case("client", "C3")
 def client_cancel(stage: ClientStage) -> None:
-    """The script cancels: CANCEL, and END `cancelled` is its end."""
+    """The script cancels: the client sends CANCEL, and END `cancelled` ends the answer."""
     session, answer = stage.begun()
     stage.subject.tell(do="cancel", name="a")
     got = session.expect(T.CANCEL, T.WINDOW, rule="C3")
@@ -179,7 +179,8 @@ def client_cancel(stage: ClientStage) -> None:
 
 @case("client", "X1", "R14")
 def client_fails(stage: ClientStage) -> None:
-    """FAIL with a code that nobody knows, not retryable: its end; nothing is sent again."""
+    """FAIL with an unknown code, not retryable: the answer has failed, and nothing is sent
+    again."""
     session, answer = stage.begun()
     answer.fail("x-strange")
     stage.failed("x-strange", "X1")
@@ -190,8 +191,8 @@ def client_fails(stage: ClientStage) -> None:
 
 @case("client", "R14", "K3")
 def client_fails_for_now(stage: ClientStage) -> None:
-    """FAIL `overloaded`, `retryable`, with `retry_after_ms` 400, said by the broker itself: the
-    client asks again after that, by RESUME or by a new id, or says that it failed."""
+    """The broker itself sends FAIL `overloaded`, `retryable`, with `retry_after_ms` 400: the client
+    asks again after that time, by RESUME or with a new id, or reports the failure."""
     stage.ask()
     session = stage.session(first=True)
     got = stage.asked(session)
@@ -215,7 +216,7 @@ def client_fails_for_now(stage: ClientStage) -> None:
 
 @case("client", "R2", "M5")
 def client_image(stage: ClientStage) -> None:
-    """A request with an image: one attachment, its bytes; RESUME brings it again."""
+    """A request with an image: its bytes are the one attachment; RESUME sends it again."""
     image = stage.random.randbytes(300)
     stage.ask(image=base64.b64encode(image).decode())
     session = stage.session(first=True)
@@ -227,7 +228,7 @@ def client_image(stage: ClientStage) -> None:
             raise Skipped("this client sends no images")
         raise Broken("R2", "REQUEST did not come")
     if got.frames[2:] != [image]:
-        raise Broken("R2", f"{len(got.frames) - 2} attachments; the image's bytes were due")
+        raise Broken("R2", f"{len(got.frames) - 2} attachments; expected the image's bytes")
     answer = stage.run(session, got)
     answer.tokens(3)
     answer.interrupt()
@@ -239,8 +240,8 @@ def client_image(stage: ClientStage) -> None:
 
 @case("client", "M1", "M3", "M5", "M6", "W5")
 def client_interrupted(stage: ClientStage) -> None:
-    """INTERRUPTED `draining`: RESUME at once, with all that came, at a later epoch; no holder, no
-    lost worker."""
+    """INTERRUPTED `draining`: RESUME at once, at a later epoch, with all tokens that came; no
+    holder and no lost worker."""
     session, answer = stage.begun(tokens=5)
     answer.interrupt()
     begun_s = time.monotonic()
@@ -250,14 +251,14 @@ def client_interrupted(stage: ClientStage) -> None:
     resume = got.body.resume
     if resume.holder or resume.lost_workers or resume.lost_alone:
         raise Broken(
-            "M5", f"holder {resume.holder!r}, lost {resume.lost_workers}: w1 gave it up, alive"
+            "M5", f"holder {resume.holder!r}, lost {resume.lost_workers}: w1 lives, but gave it up"
         )
     goes_on(stage, session, answer, got)
 
 
 @case("client", "M6")
 def client_interrupted_for_a_while(stage: ClientStage) -> None:
-    """INTERRUPTED with `retry_after_ms` 500: RESUME not before."""
+    """INTERRUPTED with `retry_after_ms` 500: RESUME no sooner."""
     session, answer = stage.begun()
     answer.interrupt(retry_after_ms=500)
     begun_s = time.monotonic()
@@ -271,14 +272,15 @@ def client_interrupted_for_a_while(stage: ClientStage) -> None:
 
 @case("client", "M6")
 def client_pace(stage: ClientStage) -> None:
-    """Five INTERRUPTEDs without a token between: the RESUMEs become slower."""
+    """Five INTERRUPTEDs without a token in between: the RESUMEs come more and more slowly."""
     session, answer = stage.begun()
     begun_s = time.monotonic()
     for _ in range(5):
         answer.interrupt()
         got = resumed(stage, session, answer)
         answer = answer.goes_on(session, got)
-    # Random parts of 0.25, 0.5, 1 and 2 s: less than 0.15 s in all has odds of one in 12,000.
+    # The delays are random parts of 0.25, 0.5, 1 and 2 s: the odds of a sum below 0.15 s are 1 in
+    # 12,000.
     if time.monotonic() - begun_s < 0.15:
         raise Broken("M6", f"five RESUMEs in {time.monotonic() - begun_s:.2f} s")
     answer.tokens(1)
@@ -288,13 +290,13 @@ def client_pace(stage: ClientStage) -> None:
 
 @case("client", "M5", "M10")
 def client_lost_workers(stage: ClientStage) -> None:
-    """Workers die: their names are in `lost_workers`, those that were alone in `lost_alone` too;
-    one that ACCEPTED names in `returned` is taken out, once."""
+    """Workers die: `lost_workers` has their names, and `lost_alone` those that ran only this
+    request; a name in ACCEPTED's `returned` is removed from both."""
     session, answer = stage.begun()
     answer.interrupt(lost=True, worker="w1")
     got = resumed(stage, session, answer)
     if (got.body.resume.lost_workers, got.body.resume.lost_alone) != (["w1"], []):
-        raise Broken("M5", f"lost {got.body.resume.lost_workers}; ['w1'] was due")
+        raise Broken("M5", f"lost {got.body.resume.lost_workers}; expected ['w1']")
     answer = answer.goes_on(session, got, "w2")
     answer.tokens(1)
     answer.interrupt(lost=True, alone=True, worker="w2")
@@ -317,7 +319,7 @@ def client_lost_workers(stage: ClientStage) -> None:
 
 @case("client", "K2", "M2")
 def client_late_events(stage: ClientStage) -> None:
-    """Events and INTERRUPTED of the former epoch, after RESUME: dropped."""
+    """Events and INTERRUPTED of the previous epoch, after RESUME: dropped."""
     session, answer = stage.begun()
     answer.interrupt()
     got = resumed(stage, session, answer)
@@ -340,9 +342,9 @@ def client_reports(stage: ClientStage) -> None:
     session.send(T.OUTPUT, answer.route, {"no": "array"})
     got = session.next(T.WINDOW, seconds=1.0)
     if got is None:
-        raise Skipped("this client reports nothing (a SHOULD)")
+        raise Skipped("this client does not report it (a SHOULD)")
     if got.type is not T.QUERY or got.body.verb != "bus.report":
-        raise Broken("K4", f"{got.type.name} {got.plain}; QUERY bus.report was due")
+        raise Broken("K4", f"{got.type.name} {got.plain}; expected QUERY bus.report")
     if got.body.args.get("sequence") != sequence or got.id[0] == 0:
         raise Broken(
             "K4", f"bus.report of sequence {got.body.args.get('sequence')}; it was {sequence}"
@@ -356,29 +358,29 @@ def client_reports(stage: ClientStage) -> None:
 
 
 def back(stage: ClientStage, before: Session, answer: Answer) -> None:
-    """A new session, and RESUME there: the worker that had it may have it still."""
+    """A new session, and RESUME there; its holder is the worker that may still run the request."""
     session = stage.session()
     if session.routing_id == before.routing_id:
-        raise Broken("T1", "the routing id of the former session")
+        raise Broken("T1", "the routing id of the previous session")
     got = resumed(stage, session, answer)
     if got.body.resume.holder != "w1":
-        raise Broken("M5", f"holder {got.body.resume.holder!r}; 'w1' was due")
+        raise Broken("M5", f"holder {got.body.resume.holder!r}; expected 'w1'")
     goes_on(stage, session, answer, got, "w1")
 
 
 @case("client", "S9", "S10", "T1", "M5")
 def client_connection_lost(stage: ClientStage) -> None:
-    """The connection breaks in mid-stream: the client comes back and resumes."""
+    """The connection breaks mid-stream: the client comes back and resumes."""
     session, answer = stage.begun(tokens=4)
-    stage.stand.close()
+    stage.broker.close()
     time.sleep(0.2)
-    stage.stand.open()
+    stage.broker.open()
     back(stage, session, answer)
 
 
 @case("client", "S8", "S10")
 def client_silence(stage: ClientStage) -> None:
-    """The broker falls silent in mid-stream: the client leaves it, comes back and resumes."""
+    """The broker falls silent mid-stream: the client leaves it, comes back and resumes."""
     stage.ask()
     session = stage.session(first=True, interval_s=0.15, liveness=8)
     answer = stage.run(session, stage.asked(session))
@@ -388,12 +390,14 @@ def client_silence(stage: ClientStage) -> None:
     begun_s = time.monotonic()
     back(stage, session, answer)
     if time.monotonic() - begun_s < 0.7:
-        raise Broken("S8", f"it left after {time.monotonic() - begun_s:.1f} s; 1.2 s are allowed")
+        raise Broken(
+            "S8", f"it left after {time.monotonic() - begun_s:.1f} s; 1.2 s of silence are allowed"
+        )
 
 
 @case("client", "S14", "S10")
 def client_sent_away(stage: ClientStage) -> None:
-    """GOODBYE `silent` in mid-stream: the client comes back and resumes."""
+    """GOODBYE `silent` mid-stream: the client comes back and resumes."""
     session, answer = stage.begun()
     session.send(T.GOODBYE, session.id, {"reason": "silent"})
     session.over = True
@@ -402,10 +406,10 @@ def client_sent_away(stage: ClientStage) -> None:
 
 @case("client", "S1", "F4")
 def client_unknown_session(stage: ClientStage) -> None:
-    """REFUSE `unknown_session` with sequence 0 in mid-stream: the client says HELLO again."""
+    """REFUSE `unknown_session` with sequence 0 mid-stream: the client says HELLO again."""
     session, answer = stage.begun()
     session.sequence = 0
-    error = {"code": "unknown_session", "message": "who are you", "retryable": True}
+    error = {"code": "unknown_session", "message": "the kit knows no session", "retryable": True}
     session.send(T.REFUSE, bytes(16), {"error": error})
     session.over = True
     back(stage, session, answer)
@@ -413,10 +417,9 @@ def client_unknown_session(stage: ClientStage) -> None:
 
 @case("client", "S6")
 def client_refused_for_now(stage: ClientStage) -> None:
-    """HELLO is refused with `retry_after_ms` 400: the client comes back after that, at most half
-    more."""
+    """HELLO is refused with `retry_after_ms` 400: the client comes back after 400 to 600 ms."""
     stage.ask()
-    session = stage.stand.hello(first=True)
+    session = stage.broker.hello(first=True)
     error = {"code": "draining", "message": "later", "retryable": True, "retry_after_ms": 400}
     session.send(T.REFUSE, bytes(16), {"error": error})
     session.over = True
@@ -424,7 +427,7 @@ def client_refused_for_now(stage: ClientStage) -> None:
     session = stage.session()
     waited_s = time.monotonic() - begun_s
     if not 0.38 < waited_s < 0.6 + 2.0:
-        raise Broken("S6", f"it came back after {waited_s:.2f} s; 0.4 to 0.6 s were due")
+        raise Broken("S6", f"it came back after {waited_s:.2f} s; expected 0.4 to 0.6 s")
     answer = stage.run(session, stage.asked(session))
     answer.end()
     stage.ended("length", "S6")
@@ -432,13 +435,13 @@ def client_refused_for_now(stage: ClientStage) -> None:
 
 @case("client", "S5")
 def client_refused_for_good(stage: ClientStage) -> None:
-    """HELLO is refused with `fatal`: the client says so, and does not come back."""
+    """HELLO is refused with `fatal`: the client fails or exits, and does not come back."""
     stage.ask()
-    session = stage.stand.hello(first=True)
+    session = stage.broker.hello(first=True)
     error = {"code": "protocol_error", "message": "the kit refuses for good"}
     session.send(T.REFUSE, bytes(16), {"error": error, "fatal": True})
     session.over = True
-    if stage.stand.dialled(2.0) is not None:
+    if stage.broker.dialled(2.0) is not None:
         raise Broken("S5", "it came back")
     while stage.listen(0.0):
         pass
@@ -448,15 +451,15 @@ def client_refused_for_good(stage: ClientStage) -> None:
 
 @case("client", "M1", "R5")
 def client_lost_while_queued(stage: ClientStage) -> None:
-    """The connection breaks before anything was answered: the request may be there, so RESUME, not
-    REQUEST, of the same id."""
+    """The connection breaks before any answer: the broker may have the request, so the client sends
+    RESUME, not REQUEST, with the same id."""
     stage.ask()
     session = stage.session(first=True)
     got = stage.asked(session)
     answer = Answer(stage, session, got, b"")
-    stage.stand.close()
+    stage.broker.close()
     time.sleep(0.1)
-    stage.stand.open()
+    stage.broker.open()
     session = stage.session()
     again = resumed(stage, session, answer)
     if again.body.resume.holder:
@@ -466,10 +469,10 @@ def client_lost_while_queued(stage: ClientStage) -> None:
 
 @case("client", "S12")
 def client_drain(stage: ClientStage) -> None:
-    """The broker drains: what runs goes on, nothing new is asked there."""
+    """The broker drains: running answers go on, and no new request is sent there."""
     session, answer = stage.begun()
     session.send(T.DRAIN, session.id, {"reason": "the kit stops", "deadline_ms": 5000})
-    stage.stand.wait(0.1, session)
+    stage.broker.wait(0.1, session)
     stage.ask("b")
     got = session.next(T.WINDOW, seconds=0.6)
     if got is not None:
@@ -482,7 +485,7 @@ def client_drain(stage: ClientStage) -> None:
 
 @case("client", "E2", "E5")
 def client_lenient(stage: ClientStage) -> None:
-    """Keys of later versions, nil for absent ones, flag bits: all taken."""
+    """Keys of later versions, nil for absent keys, and unknown flag bits are all accepted."""
     stage.ask()
     session = stage.session(first=True, invented={"x": 1}, operator=None, software=None)
     got = stage.asked(session)

@@ -1,7 +1,7 @@
-"""Our client as a subject of the kit: it reads the script and says what it sees.
+"""Our client as a subject of the kit: it reads the script and reports what it sees.
 
-The script's lines and the answers' are in README.md. One thread for each answer, as a program of
-the library would have.
+README.md describes the lines that it reads and writes. Each answer has a thread, as in a program
+that uses the library.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WRITING = threading.Lock()
 
 
 def say(**line: Any) -> None:
-    """A line of what was seen."""
+    """Write a line that says what was seen."""
     with _WRITING:
         print(json.dumps(line), flush=True)
 
@@ -53,14 +53,14 @@ class Asked(threading.Thread):
                 say(name=self.name_, fail=error.code)
 
     def cancel(self) -> None:
-        """The application wants no more."""
+        """The application cancels the answer."""
         self._cancelled = True
         self._stream.close()
         say(name=self.name_, end="cancelled")
 
 
 def main() -> int:
-    """Until the script ends and all answers have."""
+    """Run until the script and all answers have ended."""
     asked: dict[str, Asked] = {}
     with Client(os.environ["KIT_BROKER"], name="driver") as client:
         for line in sys.stdin:

@@ -1,7 +1,8 @@
-"""The subject: the command that is judged, started and stopped, told where the kit is.
+"""The subject: starts and stops the command that is judged, and tells it where the kit is.
 
-`{front}`, `{back}` and `{broker}` in its arguments stand for addresses, which it also finds in its
-environment as KIT_FRONT, KIT_BACK and KIT_BROKER. Only processes that were started here are ended.
+`{front}`, `{back}` and `{broker}` in its arguments are replaced by addresses, which it also finds
+in its environment as KIT_FRONT, KIT_BACK and KIT_BROKER. Only processes that were started here are
+stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ STOP_S = 5.0
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody has at the moment."""
+    """A loopback port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -37,7 +38,7 @@ class Subject:
     def __init__(
         self, command: Sequence[str], places: Mapping[str, str], log: Path, *, talks: bool = False
     ) -> None:
-        """`talks`: it reads its script and writes what it saw, a line of JSON each."""
+        """`talks`: it reads a script from stdin and reports on stdout, in lines of JSON."""
         words = list(command)
         for name, address in places.items():
             words = [word.replace("{" + name + "}", address) for word in words]
@@ -68,20 +69,20 @@ class Subject:
     # --- a client's script ---
 
     def tell(self, **order: Any) -> None:
-        """A line of the script."""
+        """Write a line of the script."""
         assert self.popen.stdin is not None
         with contextlib.suppress(OSError):
             self.popen.stdin.write(json.dumps(order).encode() + b"\n")
             self.popen.stdin.flush()
 
-    def told_all(self) -> None:
-        """The script is over."""
+    def end_script(self) -> None:
+        """Close standard input: the script is over."""
         assert self.popen.stdin is not None
         with contextlib.suppress(OSError):
             self.popen.stdin.close()
 
     def said(self, seconds: float) -> dict[str, Any] | None:
-        """Its next line; None if it says nothing in this time, or never again."""
+        """Its next line; None if none comes in this time, or it has closed standard output."""
         try:
             line = self._lines.get(timeout=max(0.0, seconds))
         except queue.Empty:
@@ -103,23 +104,23 @@ class Subject:
 
     @property
     def running(self) -> bool:
-        """It has not exited."""
+        """Whether it has not exited."""
         return self.popen.poll() is None
 
     def wait(self, seconds: float) -> int | None:
-        """Its exit status; None if it goes on."""
+        """Its exit status; None if it still runs after this time."""
         try:
             return self.popen.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
 
     def signal(self, number: signal.Signals) -> None:
-        """To the command alone, not to what it started."""
+        """Signal the command alone, not the processes that it started."""
         with contextlib.suppress(ProcessLookupError):
             self.popen.send_signal(number)
 
     def stop(self) -> None:
-        """End it and whatever it started: its process group."""
+        """Stop its process group: the command and all that it started."""
         for number, wait_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.popen.pid, number)
@@ -135,14 +136,14 @@ class Subject:
 
 
 def wait_for_port(port: int, subject: Subject, seconds: float) -> None:
-    """Until somebody listens there. Raises `CannotStart`."""
+    """Wait until the subject listens there. Raises `CannotStart`."""
     until_s = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
             return
         if not subject.running:
             raise CannotStart(
-                f"the command exited with status {subject.popen.returncode} at its start"
+                f"the command exited with status {subject.popen.returncode} before it listened"
             )
         if time.monotonic() > until_s:
             raise CannotStart(f"nobody listens at 127.0.0.1:{port} after {seconds:g} s")

@@ -15,7 +15,7 @@ from tests.conformance.verdicts import CASES, Party, rules
 from tests.conformance.wrong_ones import BUGS
 from tests.harness import ROOT, WHOLE_RUN_S
 
-#: A busy machine: nobody waits this long for what comes.
+#: Enough for a busy machine; a message that does come never takes this long.
 PATIENCE = ("--patience", "60")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "client": ("tests.conformance.driver",),
@@ -33,12 +33,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 def judge(party: str, *options: str, run: Sequence[str] = (sys.executable, "-m")) -> int:
-    """The kit's exit status about one of ours."""
+    """The kit's exit status for our own party."""
     return main([party, *PATIENCE, *options, "--", *run, *COMMANDS[party]])
 
 
 @pytest.mark.parametrize("party", list(COMMANDS))
-def test_ours_keeps_every_rule(
+def test_our_parties_keep_every_rule(
     party: Party, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     verdicts = tmp_path / "verdicts.xml"
@@ -52,20 +52,20 @@ def test_ours_keeps_every_rule(
 
 
 CAUGHT_BY = {
-    "client beats by what it heard last": ("beats_while_it_reads", "S7"),
-    "client counts bytes for characters": ("interrupted", "M5"),
+    "client sends no heartbeats while it hears": ("beats_while_it_reads", "S7"),
+    "client counts bytes as characters": ("interrupted", "M5"),
     "client believes any route": ("wrong_output_forged_route", "K3"),
     "worker sends one token past the window": ("window", "W1"),
-    "worker forgets to answer CANCEL of what it does not have": ("cancel_unknown", "C4"),
-    "worker resumes a token too far": ("attach", "O1"),
-    "broker takes a lower grant for the truth": ("lower_grant", "G1"),
-    "broker takes an older epoch": ("resume", "M4"),
+    "worker does not answer CANCEL of an unknown request": ("cancel_unknown", "C4"),
+    "worker resumes one token too far": ("attach", "O1"),
+    "broker accepts a lower grant": ("lower_grant", "G1"),
+    "broker accepts an older epoch": ("resume", "M4"),
     "broker blames a request for every death": ("interrupted", "M1"),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_a_wrong_one_is_caught_by_the_rule_that_it_breaks(
+def test_a_faulty_party_is_caught_by_the_rule_that_it_breaks(
     bug: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = bug.name  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ def test_a_wrong_one_is_caught_by_the_rule_that_it_breaks(
     assert f"[{rule}]" in told
 
 
-def test_each_case_judges_rules_of_the_page_and_says_what_goes_on() -> None:
+def test_each_case_judges_rules_of_the_specification_and_says_what_happens() -> None:
     known = rules()
     for case in CASES:
         assert case.rules and set(case.rules) <= known.keys(), case
@@ -92,7 +92,7 @@ def test_each_case_judges_rules_of_the_page_and_says_what_goes_on() -> None:
 
 @pytest.mark.parametrize("party", list(COMMANDS))
 @pytest.mark.parametrize("command", ["no-such-command-anywhere", "false"])
-def test_a_command_that_cannot_be_started_is_told_in_one_line(
+def test_a_command_that_cannot_be_started_is_reported_in_one_line(
     party: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([party, "--", command]) == 2

@@ -1,4 +1,4 @@
-"""Cases, their verdicts, and the two ways to report them: lines for people and JUnit XML."""
+"""Cases and their verdicts, which are reported as lines for people and as JUnit XML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Broken(Exception):
 
 
 class CannotStart(Exception):
-    """The command cannot be judged: not found, gone at once, or silent."""
+    """The command cannot be judged: it was not found, exited at once, or says nothing."""
 
 
 class Skipped(Exception):
@@ -32,15 +32,15 @@ class Skipped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One course of events, and the rules that it judges."""
+    """One sequence of events, and the rules that it judges."""
 
     name: str
     party: Party
     rules: tuple[str, ...]
     play: Callable[[Any], None]
-    #: What goes on, in one line.
+    #: What happens in it, in one line.
     course: str
-    #: The subject is of no use to others afterwards, so it gets one of its own.
+    #: It stops its subject, so it needs one of its own.
     alone: bool = False
 
 
@@ -50,7 +50,7 @@ CASES: Final[list[Case]] = []
 def case(
     party: Party, *rules: str, alone: bool = False
 ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Enter a function into the list. Its first rule is broken by whatever names no other."""
+    """Register a case. A failure that names no rule counts as a breach of its first rule."""
 
     def enter(play: Callable[[Any], None]) -> Callable[[Any], None]:
         course = " ".join((play.__doc__ or "").split())
@@ -63,11 +63,11 @@ def case(
 
 @dataclass(slots=True)
 class Verdict:
-    """What became of a case."""
+    """The outcome of a case."""
 
     case: Case
     seconds: float
-    #: Number of the rule that was broken; empty where none was.
+    #: Number of the rule that was broken; empty if none was.
     rule: str = ""
     #: What was seen instead, or why it was skipped.
     what: str = ""
@@ -75,11 +75,11 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Nothing wrong was seen; a skipped case is neither."""
+        """Whether no rule was broken; a skipped case has neither passed nor failed."""
         return not self.rule and not self.skipped
 
     def line(self) -> str:
-        """For people."""
+        """The verdict as a line for people."""
         word = "skipped" if self.skipped else "WRONG" if self.rule else "ok"
         broken = f" [{self.rule}]" if self.rule else ""
         seen = f"{broken} {self.what}" if self.what else ""
@@ -97,11 +97,11 @@ class Report:
 
     @property
     def failed(self) -> list[Verdict]:
-        """Those with a rule broken."""
+        """The verdicts of cases in which a rule was broken."""
         return [verdict for verdict in self.verdicts if verdict.rule]
 
     def summary(self) -> str:
-        """The last lines."""
+        """The counts, and the text of each broken rule."""
         passed = sum(verdict.passed for verdict in self.verdicts)
         skipped = sum(verdict.skipped for verdict in self.verdicts)
         broken = sorted({verdict.rule for verdict in self.failed}, key=_by_number)
@@ -110,13 +110,13 @@ class Report:
         }
         lines = [
             f"{passed} passed, {len(self.failed)} wrong, {skipped} skipped; "
-            f"{len(judged)} rules seen kept; seed {self.seed}"
+            f"{len(judged)} rules seen to be kept; seed {self.seed}"
         ]
         lines += [f"[{rule}] {rule_text(rule)}" for rule in broken]
         return "\n".join(lines)
 
     def junit(self) -> str:
-        """As JUnit XML: a test case for each case, the rules as properties."""
+        """The report as JUnit XML: a test case for each case, the rules as properties."""
         suite = ElementTree.Element(
             "testsuite",
             name=f"tokenbus-{self.party}",
@@ -155,7 +155,7 @@ def _by_number(rule: str) -> tuple[str, int]:
 
 
 def rules() -> dict[str, str]:
-    """Every rule of the page: number to the text from there to the next number or paragraph."""
+    """Every rule of SPEC.md by its number: the text up to the next number or paragraph."""
     text = PAGE.read_text(encoding="utf-8")
     found = re.findall(
         r"\[([A-Z]\d+)\]\s+(.*?)(?=\s\[[A-Z]\d+\]\s|\n\s*\n|\n\* |\n#|\Z)", text, re.S
@@ -164,18 +164,18 @@ def rules() -> dict[str, str]:
 
 
 KIT_RULE: Final = "kit"
-"""Broken by a subject that does not do what tests/conformance/README.md asks of it."""
+"""What a subject breaks that does not do what tests/conformance/README.md asks of it."""
 
 
 def rule_text(number: str) -> str:
-    """What the page says there, in one line."""
+    """The text of a rule in SPEC.md, on one line."""
     if number == KIT_RULE:
         return "what the kit asks of a subject: tests/conformance/README.md"
     return rules().get(number, "")
 
 
 def judged_by(cases: Iterable[Case]) -> dict[str, list[str]]:
-    """Rule to the names of the cases that judge it."""
+    """Each rule with the names of the cases that judge it."""
     table: dict[str, list[str]] = {}
     for entry in cases:
         for rule in entry.rules:

@@ -1,9 +1,9 @@
-"""Messages on real sockets, as the kit sends and reads them: each one received is checked against
-the page before a case sees it.
+"""Messages on real sockets, as the kit sends and reads them.
 
-`Peer` dials out, as a client or a worker does; `Stand` binds, as a broker does, and holds one
-`Session` for each connection that said HELLO. Both send heartbeats while a case waits, and count
-the silence of the subject. Nothing here knows what a case is about.
+Each message that arrives is checked against SPEC.md before a case sees it. `Peer` dials out, as a
+client or a worker does; `KitBroker` binds, as a broker does, and holds one `Session` for each
+connection that said HELLO. Both send heartbeats while a case waits, and measure how long the
+subject is silent. Nothing here knows what a case is about.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ TO_WORKER: Final = {
 }
 SEND_MS: Final = 5000
 NEVER_MS: Final = 3_600_000
-"""With RECONNECT_IVL -1 libzmq drops what has arrived and was not read when a connection ends; the
-kit wants to see all of it, and its cases are over long before this."""
-START_S: Final = 60.0
-"""Until a subject listens, or has said its first HELLO."""
+"""So long that no case sees a reconnection. RECONNECT_IVL -1 would forbid it, but then libzmq drops
+messages that have arrived and are not read yet when a connection ends; the kit wants all of
+them."""
+START_LIMIT_S: Final = 60.0
+"""Time limit until a subject listens, or has said its first HELLO."""
 _LIMIT: Final = limits.MAX_REQUEST_BYTES
 
 
 def new_id(generator: random.Random) -> bytes:
-    """16 bytes, the first not zero."""
+    """16 bytes, of which the first is not zero."""
     return bytes((generator.randrange(1, 256),)) + generator.randbytes(15)
 
 
@@ -73,12 +74,12 @@ def next_epoch(above: int, generator: random.Random) -> int:
 
 
 class Got(NamedTuple):
-    """A message that came, checked."""
+    """A message that arrived and was checked."""
 
     type: MessageType
     flags: int
     id: bytes
-    #: Typed as in `broker.protocol.messages`; of OUTPUT the list of events.
+    #: A struct of `broker.protocol.messages`; for OUTPUT the list of events.
     body: Any
     frames: list[bytes]
     at_s: float
@@ -91,7 +92,7 @@ class Got(NamedTuple):
 
     @property
     def ledger(self) -> messages.Ledger | None:
-        """Of an OUTPUT that has one."""
+        """The ledger of an OUTPUT, if it has one."""
         return codec.decode_ledger(self.frames[2], _LIMIT) if self.flags & Flag.LEDGER else None
 
 
@@ -108,9 +109,9 @@ def read(frames: list[bytes], allowed: set[MessageType], who: str) -> Got:
     try:
         head = header.decode(frames[0] if frames else b"")
     except ProtocolError as error:
-        raise Broken("F1", f"{who} sent a header that is wrong: {error}") from None
+        raise Broken("F1", f"{who} sent a malformed header: {error}") from None
     if head.type not in allowed:
-        raise Broken("F3", f"{who} sent {head.type.name}, which is not for it to send")
+        raise Broken("F3", f"{who} sent {head.type.name}, which only other parties send")
     if head.flags & ~Flag.LEDGER or (head.flags and head.type is not T.OUTPUT):
         raise Broken("F5", f"{who} set flags {head.flags:#06x} in {head.type.name}")
     body: Any
@@ -135,19 +136,18 @@ def read(frames: list[bytes], allowed: set[MessageType], who: str) -> Got:
             _expect_frames(frames, 2, head.type, who)
             body = codec.decode(BODIES[head.type], frames[1], _LIMIT)
     except ProtocolError as error:
-        raise Broken(
-            "E4", f"{who} sent {head.type.name} with a body that is wrong: {error}"
-        ) from None
+        raise Broken("E4", f"{who} sent {head.type.name} with a malformed body: {error}") from None
     return Got(head.type, head.flags, head.id, body, frames, time.monotonic(), head.sequence)
 
 
 def _expect_frames(frames: list[bytes], count: int, type_: MessageType, who: str) -> None:
     if len(frames) != count:
-        raise Broken("F2", f"{who} sent {type_.name} of {len(frames)} frames; it has {count}")
+        raise Broken("F2", f"{who} sent {type_.name} with {len(frames)} frames; it has {count}")
 
 
-class Line:
-    """One session, either side of it: numbers, heartbeats, what came and was not looked at yet."""
+class Endpoint:
+    """One end of a session: sequence numbers, heartbeats, and the messages that are not read
+    yet."""
 
     def __init__(self, send: Callable[[list[bytes]], None], who: str, patience_s: float) -> None:
         self._send = send
@@ -161,22 +161,23 @@ class Line:
         self.sent_s = self.heard_s = time.monotonic()
         self.inbox: list[Got] = []
         self.over = False
-        #: False: the kit plays dead.
+        #: False: the kit sends no heartbeats, as if it were dead.
         self.beats = True
-        #: The kit ended it, or expects the subject to.
+        #: The first rule that the subject broke; `check` raises it.
         self.broken: Broken | None = None
 
     def send(
         self, type_: MessageType, id_: bytes, body: Any = None, *more: bytes, flags: int = 0
     ) -> None:
-        """Send a message; `body` is a struct, plain values, bytes as they stand, or nothing: {}."""
+        """Send a message; `body` is a struct, plain values, encoded bytes, or None for an empty
+        map."""
         if not isinstance(body, bytes):
             plain = not hasattr(body, "__struct_fields__")
             body = msgpack.packb({} if body is None else body) if plain else codec.encode(body)
         self.raw([header.encode(type_, id_, self.sequence, flags), body, *more])
 
     def raw(self, frames: list[bytes]) -> None:
-        """Send frames as they stand; they count as one message."""
+        """Send these frames unchanged; they count as one message."""
         self._send(frames)
         self.sequence += 1
         self.sent_s = time.monotonic()
@@ -189,19 +190,19 @@ class Line:
         )
 
     def beat(self) -> None:
-        """HEARTBEAT if one is due."""
+        """Send a HEARTBEAT if one is due."""
         if self.beats and not self.over and time.monotonic() - self.sent_s >= self.interval_s / 2:
             self.send(T.HEARTBEAT, self.id)
 
     def take(self, frames: list[bytes], allowed: set[MessageType]) -> None:
-        """A message came. What is wrong with it is raised by the next `check`."""
+        """File a message that arrived. If it is wrong, the next `check` raises."""
         try:
             got = read(frames, allowed, self.who)
             if got.sequence != self.expected and got.type is not T.REFUSE:
                 raise Broken(
                     "F4",
                     f"{self.who} sent {got.type.name} with sequence "
-                    f"{got.sequence}; {self.expected} was due",
+                    f"{got.sequence}; expected {self.expected}",
                 )
         except Broken as broken:
             self.broken = self.broken or broken
@@ -213,7 +214,7 @@ class Line:
             self.over = True
 
     def check(self) -> None:
-        """Raise what was wrong, or how long it has been silent."""
+        """Raise if the subject broke a rule or has been silent for too long."""
         if self.broken is not None:
             raise self.broken
         silent_s = time.monotonic() - self.heard_s
@@ -225,11 +226,11 @@ class Line:
             )
 
     def pump(self, seconds: float) -> None:
-        """Read what comes in this time, or some of it; heartbeats go on."""
+        """Read messages for up to this long, and send heartbeats meanwhile."""
         raise NotImplementedError
 
     def next(self, *passing: MessageType, seconds: float | None = None) -> Got | None:
-        """The next message but HEARTBEATs and those; None if none came in this time."""
+        """The next message except HEARTBEATs and `passing`; None if none came in this time."""
         until_s = time.monotonic() + (self.patience_s if seconds is None else seconds)
         skipped = {T.HEARTBEAT, *passing}
         while True:
@@ -243,17 +244,17 @@ class Line:
             self.pump(min(0.2, max(0.0, until_s - time.monotonic())))
 
     def expect(self, type_: MessageType, *passing: MessageType, rule: str = "?") -> Got:
-        """The next message, which has this type."""
+        """The next message, which must be of this type."""
         got = self.next(*(p for p in passing if p is not type_))
         if got is None:
             raise Broken(rule, f"{type_.name} did not come within {self.patience_s:g} s")
         if got.type is not type_:
-            raise Broken(rule, f"{got.type.name} {_short(got)} came in the place of {type_.name}")
+            raise Broken(rule, f"{got.type.name} {_short(got)} came instead of {type_.name}")
         return got
 
 
-class Peer(Line):
-    """A client or a worker of the kit, at the subject's front or back."""
+class Peer(Endpoint):
+    """A client or a worker of the kit, connected to the subject's front or back."""
 
     def __init__(
         self,
@@ -279,17 +280,17 @@ class Peer(Line):
         self.role = role
         self.granted = 0
         self.welcome: Any = None
-        #: Others of the same case, whose heartbeats must go on while this one waits.
+        #: All peers of the case; their heartbeats must go on while this one waits.
         self.others: list[Peer] = [self]
 
     def _put(self, frames: list[bytes]) -> None:
         try:
             self.socket.send_multipart(frames)
         except zmq.Again:
-            raise Broken("?", "the broker is gone: nobody takes messages") from None
+            raise Broken("?", "the broker is gone: it accepts no messages") from None
 
     def beat(self) -> None:
-        """HEARTBEAT if one is due, and somebody is there who takes it."""
+        """Send a HEARTBEAT if one is due and the broker can take it."""
         if self.socket.poll(0, zmq.POLLOUT):
             super().beat()
 
@@ -298,7 +299,7 @@ class Peer(Line):
         self.socket.connect(self.address)
 
     def hello(self, name: str, **more: Any) -> None:
-        """HELLO and its WELCOME."""
+        """Connect, send HELLO, and receive the WELCOME."""
         self.connect()
         self.send(T.HELLO, NO_ID, {"role": self.role, "name": name, **more})
         got = self.expect(T.WELCOME)
@@ -309,7 +310,7 @@ class Peer(Line):
         self.silence_s = self.interval_s * got.body.liveness + 2.0
 
     def pump(self, seconds: float) -> None:
-        """Read what comes in this time; heartbeats of all go on."""
+        """Read messages for up to this long, and send the heartbeats of all peers meanwhile."""
         until_s = time.monotonic() + seconds
         while True:
             for peer in self.others:
@@ -323,14 +324,14 @@ class Peer(Line):
             self.socket.poll(int(min(left_s, 0.02) * 1000) + 1)
 
     def quiet(self, rule: str, what: str, *passing: MessageType, seconds: float = 0.3) -> None:
-        """Nothing comes."""
+        """Fail if anything but `passing` comes within this time."""
         until_s = time.monotonic() + seconds
         while (got := self.next(*passing, seconds=until_s - time.monotonic())) is not None:
             if got.body != []:  # an OUTPUT without events says nothing
                 raise Broken(rule, f"{what}: {got.type.name} {_short(got)} came")
 
     def rest(self, seconds: float) -> None:
-        """Let time pass, with heartbeats; what comes stays in the inbox."""
+        """Let time pass, with heartbeats; messages stay in the inbox."""
         until_s = time.monotonic() + seconds
         while time.monotonic() < until_s:
             self.pump(0.0)
@@ -338,14 +339,14 @@ class Peer(Line):
             time.sleep(0.01)
 
     def vanish(self) -> None:
-        """Close the connection without a word."""
+        """Close the connection without GOODBYE."""
         self.over = True
         self.socket.close(linger=0)
         if self in self.others:
             self.others.remove(self)
 
     def leave(self, reason: str = "closed") -> None:
-        """GOODBYE, and close."""
+        """Send GOODBYE and close."""
         self.send(T.GOODBYE, self.id, {"reason": reason})
         self.over = True
         self.socket.close(linger=500)
@@ -357,21 +358,21 @@ def _short(got: Got) -> str:
     return str(got.plain)[:200]
 
 
-class Session(Line):
-    """The subject's session at the kit's broker."""
+class Session(Endpoint):
+    """The subject's session with the kit's broker."""
 
-    def __init__(self, stand: Stand, routing_id: bytes, who: str) -> None:
-        super().__init__(lambda frames: stand.send(routing_id, frames), who, stand.patience_s)
-        self._stand = stand
+    def __init__(self, broker: KitBroker, routing_id: bytes, who: str) -> None:
+        super().__init__(lambda frames: broker.send(routing_id, frames), who, broker.patience_s)
+        self._broker = broker
         self.routing_id = routing_id
         self.hello: messages.Hello | None = None
 
     def pump(self, seconds: float) -> None:
-        """Read what comes to the stand, of this session or another."""
-        self._stand.pump(min(seconds, 0.02))
+        """Read messages of this session and all others of the broker."""
+        self._broker.pump(min(seconds, 0.02))
 
 
-class Stand:
+class KitBroker:
     """The kit's broker: one ROUTER, to which the subject connects."""
 
     def __init__(self, role: str, patience_s: float, generator: random.Random) -> None:
@@ -382,20 +383,20 @@ class Stand:
         self.router: zmq.Socket[Any] | None = None
         self.port = 0
         self.sessions: dict[bytes, Session] = {}
-        #: In the order of their HELLO, not taken yet.
+        #: New sessions that no case has taken yet, in the order of their HELLO.
         self.greeting: list[Session] = []
         self.allowed = FROM_CLIENT if role == "client" else FROM_WORKER
-        #: Whether the subject runs; one that has exited says nothing more.
+        #: Whether the subject still runs; if not, nothing more will come.
         self.alive: Callable[[], bool] = lambda: True
         self.open()
 
     @property
     def address(self) -> str:
-        """Where the subject is to connect."""
+        """The address that the subject connects to."""
         return f"tcp://127.0.0.1:{self.port}"
 
     def open(self) -> None:
-        """Bind; again at the same port after `close`."""
+        """Bind; after `close`, to the same port again."""
         self.router = self.context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.LINGER, 0)
         self.router.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -412,7 +413,7 @@ class Stand:
         self.port = self.router.bind_to_random_port("tcp://127.0.0.1")
 
     def close(self) -> None:
-        """All connections break, and nobody answers any more."""
+        """Break all connections and stop listening."""
         if self.router is not None:
             self.router.close(linger=0)
             self.router = None
@@ -422,18 +423,19 @@ class Stand:
         self.greeting.clear()
 
     def end(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
         self.close()
         self.context.destroy(linger=0)
 
     def send(self, routing_id: bytes, frames: list[bytes]) -> None:
-        """To one connection; what cannot be delivered is lost, as on a network."""
+        """Send to one connection; what cannot be delivered is lost, as on a network."""
         if self.router is not None:
             with contextlib.suppress(zmq.ZMQError):
                 self.router.send_multipart([routing_id, *frames])
 
     def pump(self, seconds: float) -> None:
-        """Read what comes in this time, or one round of it; heartbeats go on."""
+        """Wait up to this long for messages and read those that are there; send heartbeats
+        first."""
         for session in self.sessions.values():
             session.beat()
         if self.router is None or not self.router.poll(int(seconds * 1000)):
@@ -454,9 +456,12 @@ class Stand:
             session.take(frames, self.allowed)
 
     def hello(self, *, first: bool = False, rule: str = "S10") -> Session:
-        """The next connection that says HELLO, not answered yet. `first`: of the subject's life.
-        Raises `Broken`, or `CannotStart` where the first does not come."""
-        seconds = START_S if first else self.patience_s
+        """The next connection that says HELLO, not answered yet.
+
+        `first`: it is the subject's first one. Raises `Broken`, or `CannotStart` if the first HELLO
+        does not come.
+        """
+        seconds = START_LIMIT_S if first else self.patience_s
         session = self.dialled(seconds)
         if session is None and first:
             why = f"said no HELLO in {seconds:g} s" if self.alive() else "exited before its HELLO"
@@ -466,7 +471,7 @@ class Stand:
         return session
 
     def dialled(self, seconds: float) -> Session | None:
-        """The same; None if nobody came in this time."""
+        """Like `hello`, but None if no connection came in this time."""
         until_s = time.monotonic() + seconds
         while not self.greeting:
             if time.monotonic() > until_s:
@@ -484,7 +489,7 @@ class Stand:
         if got.type is not T.HELLO:
             raise Broken("S1", f"the {self.role} began with {got.type.name}")
         if got.id != NO_ID:
-            raise Broken("S1", f"HELLO with id {got.id.hex()}; it is zero")
+            raise Broken("S1", f"HELLO with id {got.id.hex()}; expected zero")
         if got.body.role != self.role:
             raise Broken("S1", f"HELLO of a {got.body.role}; this is where a {self.role} connects")
         session.hello = got.body
@@ -499,7 +504,7 @@ class Stand:
         window: int = 4096,
         **more: Any,
     ) -> None:
-        """WELCOME."""
+        """Answer HELLO with WELCOME."""
         session.id = new_id(self.random)
         bounds = {
             "request_bytes": limits.MAX_REQUEST_BYTES,
@@ -522,7 +527,7 @@ class Stand:
         session.silence_s = interval_s * liveness
 
     def wait(self, seconds: float, *sessions: Session) -> None:
-        """Let time pass, with heartbeats; what comes stays in the inboxes."""
+        """Let time pass, with heartbeats; messages stay in the inboxes."""
         until_s = time.monotonic() + seconds
         while time.monotonic() < until_s:
             self.pump(min(0.02, max(0.0, until_s - time.monotonic())))

@@ -12,23 +12,23 @@ from tests.conformance.wire import next_epoch
 from tests.conformance.worker_stage import Stream, WorkerStage
 
 LONG = 600
-"""Tokens of an answer that is still running when something happens to it."""
+"""Tokens of an answer that must still run when something happens to it."""
 
 
 def is_end(event: Any, reason: str, rule: str) -> None:
-    """END with this reason."""
+    """Check that the event is END with this reason."""
     if not isinstance(event, messages.EndEvent) or event.finish_reason.value != reason:
-        raise Broken(rule, f"{event}; END {reason} was due")
+        raise Broken(rule, f"{event}; expected END {reason}")
 
 
 def is_fail(event: Any, code: str, rule: str) -> None:
-    """FAIL with this code."""
+    """Check that the event is FAIL with this code."""
     if not isinstance(event, messages.FailEvent) or event.error.code != code:
-        raise Broken(rule, f"{event}; FAIL {code} was due")
+        raise Broken(rule, f"{event}; expected FAIL {code}")
 
 
 def run(stage: WorkerStage, body: dict[str, Any], **facts: Any) -> Stream:
-    """A request assigned to the worker."""
+    """Assign a request to the worker."""
     id_ = stage.new_id()
     route = stage.assign(id_, body, **facts)
     resume = body.get("resume", {})
@@ -36,13 +36,14 @@ def run(stage: WorkerStage, body: dict[str, Any], **facts: Any) -> Stream:
 
 
 def cancel(stage: WorkerStage, stream: Stream) -> None:
-    """CANCEL, and the end that follows."""
+    """Send CANCEL and read to the end of the stream."""
     stage.live().send(T.CANCEL, stream.id)
     stream.whole("C3")
 
 
 def first_part(stream: Stream, most: int) -> tuple[list[int], str]:
-    """Tokens and text as far as events cut them, at most so many tokens, and at least one."""
+    """The tokens and text of the first whole events: at most `most` tokens, but at least one
+    event."""
     ids: list[int] = []
     text = ""
     for event in stream.events:
@@ -58,15 +59,15 @@ def first_part(stream: Stream, most: int) -> tuple[list[int], str]:
 
 @case("worker", "S16", "S7", "G1", "G2")
 def worker_starts(stage: WorkerStage) -> None:
-    """HELLO, HEARTBEATs, credit when it is ready; then it is idle, and beats at the interval."""
+    """HELLO, HEARTBEATs, and credit once it is ready; idle, it goes on to send HEARTBEATs."""
     session = stage.ready(slots=2)
-    stage.stand.wait(5 * session.interval_s + 0.5, session)
+    stage.broker.wait(5 * session.interval_s + 0.5, session)
     beats = sum(got.type is T.HEARTBEAT for got in session.inbox)
     if beats < 3:
         raise Broken("S7", f"{beats} heartbeats in five intervals of {session.interval_s:g} s")
     (*_, last) = [got for got in session.inbox if got.type is T.HEARTBEAT]
     if last.body.state is not messages.WorkerState.READY:
-        raise Broken("S16", f"it has granted credit, and says state {last.body.state}")
+        raise Broken("S16", f"it has granted credit, but its state is {last.body.state}")
     if not stage.models:
         raise Broken("S16", "neither HELLO nor HEARTBEAT named a model")
 
@@ -76,11 +77,11 @@ def worker_silence(stage: WorkerStage) -> None:
     """The broker falls silent: the worker leaves, and says HELLO on a new connection."""
     before = stage.ready()
     before.beats = False
-    again = stage.stand.hello(rule="S8")
+    again = stage.broker.hello(rule="S8")
     before.over = True
     if again.routing_id == before.routing_id:
-        raise Broken("T1", "the routing id of the former session")
-    stage.stand.welcome(again)
+        raise Broken("T1", "the routing id of the previous session")
+    stage.broker.welcome(again)
     stage.entered(again)
 
 
@@ -88,15 +89,15 @@ def worker_silence(stage: WorkerStage) -> None:
 def worker_connection_lost(stage: WorkerStage) -> None:
     """The connection breaks, and nobody listens for a while: the worker comes back."""
     stage.ready()
-    stage.stand.close()
+    stage.broker.close()
     time.sleep(0.3)
-    stage.stand.open()
+    stage.broker.open()
     stage.begin()
 
 
 @case("worker", "S14", "S1")
 def worker_sent_away(stage: WorkerStage) -> None:
-    """GOODBYE `shutdown`, then REFUSE `unknown_session` in a session: it comes back each time."""
+    """GOODBYE `shutdown`, and later REFUSE `unknown_session`: the worker comes back each time."""
     session = stage.ready()
     session.send(T.GOODBYE, session.id, {"reason": "shutdown"})
     session.over = True
@@ -110,11 +111,11 @@ def worker_sent_away(stage: WorkerStage) -> None:
 
 @case("worker", "S6")
 def worker_refused_for_now(stage: WorkerStage) -> None:
-    """HELLO is refused with `retry_after_ms` 400: it comes back after that, at most half more."""
+    """HELLO is refused with `retry_after_ms` 400: the worker comes back after 400 to 600 ms."""
     session = stage.ready()
     session.send(T.GOODBYE, session.id, {"reason": "shutdown"})
     session.over = True
-    refused = stage.stand.hello()
+    refused = stage.broker.hello()
     error = {"code": "overloaded", "message": "later", "retryable": True, "retry_after_ms": 400}
     refused.send(T.REFUSE, bytes(16), {"error": error})
     refused.over = True
@@ -124,21 +125,21 @@ def worker_refused_for_now(stage: WorkerStage) -> None:
     if waited_s < 0.39:
         raise Broken("S6", f"it came back after {waited_s:.2f} s")
     if waited_s > 0.6 + 2.0:
-        raise Broken("S6", f"it came back after {waited_s:.2f} s; 0.4 to 0.6 s were due")
+        raise Broken("S6", f"it came back after {waited_s:.2f} s; expected 0.4 to 0.6 s")
 
 
 @case("worker", "S5", alone=True)
 def worker_refused_for_good(stage: WorkerStage) -> None:
-    """HELLO is refused with `fatal`: it never comes back."""
+    """HELLO is refused with `fatal`: the worker never comes back."""
     session = stage.ready()
     session.send(T.GOODBYE, session.id, {"reason": "shutdown"})
     session.over = True
-    refused = stage.stand.hello()
+    refused = stage.broker.hello()
     error = {"code": "protocol_error", "message": "the kit refuses for good"}
     refused.send(T.REFUSE, bytes(16), {"error": error, "fatal": True})
     refused.over = True
     stage.drain = True
-    if stage.stand.dialled(3.0) is not None:
+    if stage.broker.dialled(3.0) is not None:
         raise Broken("S5", "it came back")
 
 
@@ -148,14 +149,14 @@ def worker_refused_for_good(stage: WorkerStage) -> None:
 @case("worker", "O1", "G6", "G7", "R12", "R13")
 def worker_course(stage: WorkerStage) -> None:
     """A request for eight tokens: offsets count up, END comes with a ledger, the slot is granted
-    again; then nothing more of it."""
+    again, and nothing more is sent for it."""
     before = stage.granted
     stream = run(stage, stage.body(8))
     is_end(stream.whole(), "length", "R13")
     if len(stream.tokens) != 8:
         raise Broken("P1", f"{len(stream.tokens)} tokens; max_tokens is 8")
     if not stream.started:
-        raise Broken("G6", "no ledger named it beside its first token (a SHOULD)")
+        raise Broken("G6", "no ledger named it along with its first token (a SHOULD)")
     stage.ready(slots=2)
     if stage.granted != before + 1:
         raise Broken("G1", f"granted went from {before} to {stage.granted} by one request")
@@ -165,7 +166,7 @@ def worker_course(stage: WorkerStage) -> None:
 
 @case("worker", "E2", "E5", "E3")
 def worker_lenient(stage: WorkerStage) -> None:
-    """Keys of later versions, nil for absent ones, ints for floats: all taken."""
+    """Keys of later versions, nil for absent keys, and integers for floats are all accepted."""
     params = {"temperature": 1, "top_p": 1, "stop": None, "logprobs": None, "invented": 1}
     more = {"tools": None, "user": None, "invented": {"x": [1]}, "trace": None}
     stream = run(stage, stage.body(3, params=params, **more), ttl_ms=None, invented=1)
@@ -174,7 +175,7 @@ def worker_lenient(stage: WorkerStage) -> None:
 
 @case("worker", "R12", "R10")
 def worker_two_at_once(stage: WorkerStage) -> None:
-    """Two requests of two clients: each goes by its own route, in order."""
+    """Two requests of two clients: each is answered on its own route, in order."""
     stage.ready(slots=2)
     ids = [stage.new_id(), stage.new_id()]
     streams = {id_: stage.stream(id_, stage.assign(id_, stage.body(12))) for id_ in ids}
@@ -197,8 +198,8 @@ def worker_two_at_once(stage: WorkerStage) -> None:
 
 @case("worker", "W1", "W2", "W3")
 def worker_window(stage: WorkerStage) -> None:
-    """A window of 5, then 12, then enough, of an answer of 20 tokens: no token at or past it; a
-    lower WINDOW changes nothing; END comes when all tokens have."""
+    """An answer of 20 tokens with a window of 5, then 12, then enough: no token at or past it; a
+    lower WINDOW changes nothing; END comes once all tokens have come."""
     stream = run(stage, stage.body(20, window=5))
     session = stage.live()
     for limit, lower in ((5, 3), (12, 7)):
@@ -214,7 +215,7 @@ def worker_window(stage: WorkerStage) -> None:
 
 @case("worker", "C3")
 def worker_cancel(stage: WorkerStage) -> None:
-    """CANCEL of a running request: END `cancelled` soon; CANCEL again: no second end."""
+    """CANCEL of a running request, twice: END `cancelled` soon, and no second end."""
     stream = run(stage, stage.body(LONG))
     stream.until(3)
     begun = len(stream.tokens)
@@ -230,7 +231,7 @@ def worker_cancel(stage: WorkerStage) -> None:
 
 @case("worker", "C4")
 def worker_cancel_unknown(stage: WorkerStage) -> None:
-    """CANCEL of a request that it does not have: named `cancelled` in a ledger without a route."""
+    """CANCEL of an unknown request: a ledger without a route names it `cancelled`."""
     id_ = stage.new_id()
     stage.live().send(T.CANCEL, id_)
     got = stage.expect(T.OUTPUT, "C4")
@@ -243,7 +244,7 @@ def worker_cancel_unknown(stage: WorkerStage) -> None:
 @case("worker", "C5", "M12")
 def worker_moved_and_back(stage: WorkerStage) -> None:
     """CANCEL, and at once ASSIGN of the same request at a later epoch without `attach`: a new run,
-    whose tokens go on from those that it came with; the ledgers name both ends."""
+    which continues the tokens in ASSIGN; the ledgers name both ends."""
     body = stage.body(LONG)
     stream = run(stage, body)
     stream.until(4)
@@ -268,30 +269,30 @@ def worker_moved_and_back(stage: WorkerStage) -> None:
             ends += sum(entry.request_id == stream.id for entry in got.ledger.finished)
         for event in got.body:
             if event.epoch != epoch:
-                continue  # of the former run, which crossed
+                continue  # of the previous run, which crossed with CANCEL
             if got.id != route:
                 raise Broken("R12", "the new run answers on the old route")
             if isinstance(event, messages.TokensEvent):
                 if event.offset != tokens:
-                    raise Broken("O1", f"TOKENS at offset {event.offset}; {tokens} was due")
+                    raise Broken("O1", f"TOKENS at offset {event.offset}; expected {tokens}")
                 tokens += len(event.token_ids)
             else:
                 is_end(event, "length", "C5")
                 ended = True
     if not ended or ends != 2:
-        raise Broken("C5", f"the new run ended: {ended}; the ledgers name {ends} ends; 2 were due")
+        raise Broken("C5", f"the new run ended: {ended}; the ledgers name {ends} ends; expected 2")
 
 
 @case("worker", "R8")
 def worker_ttl(stage: WorkerStage) -> None:
-    """ASSIGN with `ttl_ms` 150 of a long answer: FAIL `deadline_exceeded`."""
+    """ASSIGN of a long answer with `ttl_ms` 150: FAIL `deadline_exceeded`."""
     stream = run(stage, stage.body(20_000), ttl_ms=150)
     is_fail(stream.whole("R8"), "deadline_exceeded", "R8")
 
 
 @case("worker", "G4")
 def worker_beyond_its_grant(stage: WorkerStage) -> None:
-    """One ASSIGN more than it granted: REJECT, `retryable`; the others run."""
+    """One ASSIGN more than it granted: a retryable REJECT; the others run."""
     stage.ready(slots=2)
     streams = []
     while stage.granted > stage.assigned:
@@ -305,19 +306,19 @@ def worker_beyond_its_grant(stage: WorkerStage) -> None:
         if time.monotonic() > until_s:
             raise Broken("G4", "no REJECT")
     if got.type is not T.REJECT or got.id != id_ or not got.body.error.retryable:
-        raise Broken("G4", f"{got.type.name} {got.plain}; a retryable REJECT was due")
+        raise Broken("G4", f"{got.type.name} {got.plain}; expected a retryable REJECT")
     for stream in streams:
         stage.live().send(T.CANCEL, stream.id)
     ends = 0
     while ends < len(streams):
         got = stage.expect(T.OUTPUT, "C3")
         ends += len(got.ledger.finished) if got.ledger is not None else 0
-    stage.assigned -= 1  # the rejected one took none, and may not have been granted again
+    stage.assigned -= 1  # the rejected one took no slot, and need not be granted again
 
 
 @case("worker", "P1")
 def worker_too_long(stage: WorkerStage) -> None:
-    """More tokens than the context has: FAIL `context_overflow`."""
+    """max_tokens beyond the context: FAIL `context_overflow`."""
     contexts = [info.context_tokens for info in stage.models if info.name == stage.model]
     if not contexts or not contexts[0]:
         raise Skipped("the worker does not say how long its context is")
@@ -327,8 +328,8 @@ def worker_too_long(stage: WorkerStage) -> None:
 
 @case("worker", "O3", "O2")
 def worker_stop_string(stage: WorkerStage) -> None:
-    """The same request with a stop string from the middle of its answer: the text is cut exactly
-    before its first occurrence, and END names it."""
+    """A request again, with a stop string from the middle of its answer: the text ends right before
+    the first occurrence, and END names the string."""
     body = stage.body(24)
     whole = run(stage, body)
     whole.whole()
@@ -341,7 +342,7 @@ def worker_stop_string(stage: WorkerStage) -> None:
     if stopped.text != whole.text[: whole.text.index(stop)]:
         raise Broken("O3", f"text {stopped.text!r} of {whole.text!r}, stop {stop!r}")
     if stopped.end.stopped_by != stop:
-        raise Broken("O3", f"stopped_by {stopped.end.stopped_by!r}; {stop!r} was due")
+        raise Broken("O3", f"stopped_by {stopped.end.stopped_by!r}; expected {stop!r}")
 
 
 @case("worker", "O4")
@@ -352,7 +353,7 @@ def worker_echo(stage: WorkerStage) -> None:
     stream.whole()
     prompts = [event for event in stream.events if isinstance(event, messages.PromptEvent)]
     if stream.events[0] not in prompts or len(prompts) != 1:
-        raise Broken("O4", f"{len(prompts)} PROMPTs; one, before all else, was due")
+        raise Broken("O4", f"{len(prompts)} PROMPTs; expected one, before all other events")
     if body["prompt"].strip() not in prompts[0].text or not prompts[0].token_ids:
         raise Broken(
             "O4", f"PROMPT {prompts[0].text!r} {prompts[0].token_ids} of {body['prompt']!r}"
@@ -361,23 +362,21 @@ def worker_echo(stage: WorkerStage) -> None:
 
 @case("worker", "P1")
 def worker_logprobs(stage: WorkerStage) -> None:
-    """`logprobs` 2: an entry for each token, with two alternatives."""
+    """`logprobs` 2: an entry with two alternatives for each token."""
     stream = run(stage, stage.body(4, params={"logprobs": 2}))
     end = stream.whole()
     if isinstance(end, messages.FailEvent):
-        raise Skipped(f"the worker gives no log probabilities: {end.error.message}")
+        raise Skipped(f"the worker gives no logprobs: {end.error.message}")
     for event in stream.events:
         if isinstance(event, messages.TokensEvent):
             entries = event.logprobs or []
             if len(entries) != len(event.token_ids) or any(len(e.top) < 2 for e in entries):
-                raise Broken(
-                    "P1", f"{len(entries)} log probabilities of {len(event.token_ids)} tokens"
-                )
+                raise Broken("P1", f"{len(entries)} logprobs for {len(event.token_ids)} tokens")
 
 
 @case("worker", "R1")
 def worker_kinds(stage: WorkerStage) -> None:
-    """A request of every kind that the model's `kinds` name: END with a result of its shape."""
+    """A request of every kind that the model lists in `kinds`: END with a result of its shape."""
     (info,) = [info for info in stage.models if info.name == stage.model][:1]
     kinds = {kind.value for kind in info.kinds}
     talk = [{"role": "user", "content": "Once upon a time"}]
@@ -394,15 +393,17 @@ def worker_kinds(stage: WorkerStage) -> None:
             end = stream.whole("R1")
             results[kind] = (getattr(end, "result", None) or {}).get(key)
             if not isinstance(results[kind], shape) or stream.tokens:
-                raise Broken("R1", f"{kind}: {end}; a result with {key} was due")
+                raise Broken("R1", f"{kind}: {end}; expected a result with {key}")
     if {"tokenize", "detokenize"} <= kinds:
         given = {"token_ids": results["tokenize"]}
         stream = run(stage, {"model": stage.model, "kind": "detokenize", "window": 1, **given})
         text = (stream.whole("R1").result or {}).get("text")
         if not isinstance(text, str) or "Once upon" not in text:
-            raise Broken("R1", f"detokenize of what tokenize gave: {text!r}")
+            raise Broken("R1", f"detokenize of the result of tokenize: {text!r}")
     if {"tokenize", "count"} <= kinds and results["count"] != len(results["tokenize"]):
-        raise Broken("R1", f"count {results['count']}, tokenize {len(results['tokenize'])} tokens")
+        raise Broken(
+            "R1", f"count says {results['count']} tokens, tokenize {len(results['tokenize'])}"
+        )
     if "chat" in kinds:
         body = stage.body(3)
         del body["prompt"]

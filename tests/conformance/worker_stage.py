@@ -1,4 +1,4 @@
-"""Where a case of a worker plays: the subject is a worker, the kit is its broker."""
+"""The stage for cases of a worker, at which the kit is its broker."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from broker.protocol import messages
 from broker.protocol.header import MessageType as T
 from tests.conformance.subject import Subject
 from tests.conformance.verdicts import Broken, Skipped
-from tests.conformance.wire import START_S, Got, Session, Stand, new_id
+from tests.conformance.wire import START_LIMIT_S, Got, KitBroker, Session, new_id
 
-OF_USE_S: Final = 2.1
-"""A session that ended sooner counts as a refusal, and the next one waits longer (S10)."""
+USEFUL_S: Final = 2.1
+"""A session that ends sooner counts as a refusal, so the worker waits longer for the next (S10)."""
 
 
 class WorkerStage:
@@ -25,26 +25,26 @@ class WorkerStage:
 
     def __init__(self, command: Sequence[str], log: Path, patience_s: float) -> None:
         self.random = random.Random(0)
-        self.stand = Stand("worker", patience_s, self.random)
+        self.broker = KitBroker("worker", patience_s, self.random)
         self.patience_s = patience_s
-        address = self.stand.address
+        address = self.broker.address
         try:
             self.subject = Subject(command, {"broker": address, "back": address}, log)
         except BaseException:
-            self.stand.end()
+            self.broker.end()
             raise
-        self.stand.alive = lambda: self.subject.running
+        self.broker.alive = lambda: self.subject.running
         self.session: Session | None = None
         self.models: list[Any] = []
         self.granted = 0
         self.assigned = 0
-        #: When the present session began, on the monotonic clock.
+        #: When the current session began, on the monotonic clock.
         self.begun_s = 0.0
-        #: It was told to stop, or refused for good.
+        #: The worker was told to stop, or refused for good.
         self.drain = False
 
     def scene(self, name: str, seed: str) -> WorkerStage:
-        """For one case: the worker has a session, is ready, and has nothing to do."""
+        """Prepare for one case: the worker has a session, is ready and idle."""
         self.random.seed(seed)
         self.ready()
         return self
@@ -52,10 +52,10 @@ class WorkerStage:
     # --- sessions ---
 
     def begin(self, **more: Any) -> Session:
-        """The worker's next session, as far as WELCOME."""
+        """The worker's next session, up to WELCOME."""
         first = self.session is None
-        session = self.stand.hello(first=first)
-        self.stand.welcome(session, **more)
+        session = self.broker.hello(first=first)
+        self.broker.welcome(session, **more)
         self.entered(session)
         assert session.hello is not None
         if session.hello.models:
@@ -63,19 +63,19 @@ class WorkerStage:
         return session
 
     def entered(self, session: Session) -> None:
-        """This is its session now."""
+        """Make this the worker's session."""
         self.session, self.granted, self.assigned = session, 0, 0
         self.begun_s = time.monotonic()
 
     def live(self) -> Session:
-        """The present session, begun where there is none."""
+        """The current session; begins one if there is none."""
         session = self.session
         return self.begin() if session is None or session.over else session
 
     def ready(self, slots: int = 1) -> Session:
-        """Until it has granted so many slots that are free."""
+        """Wait until the worker has granted this many slots that are free."""
         session = self.live()
-        until_s = time.monotonic() + START_S
+        until_s = time.monotonic() + START_LIMIT_S
         while self.granted - self.assigned < slots:
             if time.monotonic() > until_s:
                 raise Broken("G1", f"{self.granted} slots granted, {self.assigned} used")
@@ -84,12 +84,12 @@ class WorkerStage:
         return session
 
     def settled(self) -> None:
-        """Until the session counts as one that was of use (S10): what ends it makes no back-off."""
-        while time.monotonic() < self.begun_s + OF_USE_S:
+        """Wait until the session counts as useful (S10), so that its end causes no back-off."""
+        while time.monotonic() < self.begun_s + USEFUL_S:
             self.look(0.1)
 
     def look(self, seconds: float) -> Got | None:
-        """The next message that is neither HEARTBEAT nor CREDIT; what it grants is counted."""
+        """The next message that is neither HEARTBEAT nor CREDIT; counts the credit of all."""
         session = self.session
         assert session is not None
         until_s = time.monotonic() + seconds
@@ -102,7 +102,7 @@ class WorkerStage:
             session.check()
             if session.over or time.monotonic() >= until_s:
                 return None
-            self.stand.pump(0.02)
+            self.broker.pump(0.02)
 
     def _count(self, got: Got) -> None:
         granted = None
@@ -116,23 +116,24 @@ class WorkerStage:
             return
         if granted < self.granted:
             raise Broken(
-                "G1", f"{got.type.name} grants {granted} after {self.granted}: it never falls"
+                "G1",
+                f"{got.type.name} grants {granted} after {self.granted}: `granted` never falls",
             )
         self.granted = granted
 
     def expect(self, type_: T, rule: str, seconds: float | None = None) -> Got:
-        """The next message that counts, of this type."""
+        """The next message but HEARTBEAT and CREDIT, which must be of this type."""
         got = self.look(self.patience_s if seconds is None else seconds)
         if got is None:
             raise Broken(rule, f"{type_.name} did not come")
         if got.type is not type_:
             raise Broken(
-                rule, f"{got.type.name} {str(got.plain)[:200]} came in the place of {type_.name}"
+                rule, f"{got.type.name} {str(got.plain)[:200]} came instead of {type_.name}"
             )
         return got
 
     def past(self, stream: Stream, type_: T, rule: str, passing: T | None = None) -> Got:
-        """The next message of this type; what comes of a stream before it goes there."""
+        """The next message of this type; OUTPUT that comes before it goes to the stream."""
         until_s = time.monotonic() + self.patience_s
         while time.monotonic() < until_s:
             got = self.look(0.2)
@@ -144,7 +145,7 @@ class WorkerStage:
                 stream.take(got)
             elif got.type is not passing:
                 raise Broken(
-                    rule, f"{got.type.name} {str(got.plain)[:200]} came; {type_.name} was due"
+                    rule, f"{got.type.name} {str(got.plain)[:200]} came; expected {type_.name}"
                 )
         raise Broken(rule, f"{type_.name} did not come")
 
@@ -152,14 +153,14 @@ class WorkerStage:
 
     @property
     def model(self) -> str:
-        """A model that completes."""
+        """The name of a model with kind complete."""
         for info in self.models:
             if "complete" in [kind.value for kind in info.kinds]:
                 return str(info.name)
         raise Skipped("the worker serves no model with kind complete")
 
     def body(self, tokens: int, **more: Any) -> dict[str, Any]:
-        """The body of a request for so many tokens."""
+        """The body of a request for this many tokens."""
         words = " ".join(self.random.choices(("once", "upon", "a", "time"), k=6))
         params = {"max_tokens": tokens, "ignore_eos": True, "seed": self.random.getrandbits(48)}
         params |= more.pop("params", {})
@@ -167,7 +168,7 @@ class WorkerStage:
         return base | {"params": params} | more
 
     def assign(self, id_: bytes, body: dict[str, Any] | bytes, **facts: Any) -> bytes:
-        """ASSIGN; its route."""
+        """Send ASSIGN; return its route."""
         session = self.live()
         route = facts.pop("reply_to", None) or new_id(self.random)
         if not facts.get("attach"):
@@ -177,26 +178,26 @@ class WorkerStage:
         return route
 
     def new_id(self) -> bytes:
-        """A request id."""
+        """A new request id."""
         return new_id(self.random)
 
     def stream(self, id_: bytes, route: bytes, epoch: int = 0, offset: int = 0) -> Stream:
-        """The answer as it comes."""
+        """The stream of a request that was assigned."""
         return Stream(self, id_, route, epoch, offset)
 
     def close(self) -> None:
-        """The worker must be free again for the next case."""
+        """Check that the worker still runs."""
         if not self.subject.running and not self.drain:
             raise Broken("?", "the worker exited")
 
     def stop(self) -> None:
-        """The end."""
+        """Stop the subject and the kit's broker."""
         self.subject.stop()
-        self.stand.end()
+        self.broker.end()
 
 
 class Stream:
-    """The answer of a worker to one ASSIGN, checked as it comes."""
+    """The answer of a worker to one ASSIGN, checked as it arrives."""
 
     def __init__(
         self, stage: WorkerStage, id_: bytes, route: bytes, epoch: int, offset: int
@@ -211,19 +212,19 @@ class Stream:
         self.finished: list[Any] = []
 
     def read(self, seconds: float) -> bool:
-        """Take the next OUTPUT; False if none came in this time."""
+        """Read the next OUTPUT; False if none came in this time."""
         got = self._stage.look(seconds)
         if got is None:
             return False
         if got.type is T.REJECT:
             raise Broken("G4", f"REJECT {got.body.error.code}: {got.body.error.message}")
         if got.type is not T.OUTPUT:
-            raise Broken("R10", f"{got.type.name} came in the place of OUTPUT")
+            raise Broken("R10", f"{got.type.name} came instead of OUTPUT")
         self.take(got)
         return True
 
     def take(self, got: Got) -> None:
-        """An OUTPUT of this stream alone."""
+        """Check an OUTPUT, which must be of this stream alone."""
         if got.ledger is not None:
             self.finished += got.ledger.finished
             self.started = self.started or self.id in got.ledger.started
@@ -231,7 +232,7 @@ class Stream:
             self.event(got, event)
 
     def event(self, got: Got, event: Any) -> None:
-        """One of its events."""
+        """Check one event."""
         if event.request_id != self.id:
             raise Broken("R12", f"an event of another request: {event}")
         if got.id != self.route:
@@ -239,7 +240,7 @@ class Stream:
                 "R12", f"OUTPUT under {got.id.hex()[:8]}; the route is {self.route.hex()[:8]}"
             )
         if event.epoch != self.epoch:
-            raise Broken("M11", f"an event of epoch {event.epoch}; it is {self.epoch}")
+            raise Broken("M11", f"an event of epoch {event.epoch}; expected {self.epoch}")
         if self.end is not None:
             raise Broken("R13", f"an event after the end: {event}")
         have = self.offset + len(self.tokens)
@@ -265,14 +266,14 @@ class Stream:
                 raise Broken("G7", f"the ledger says {named[0].outcome!r}, the event {code!r}")
 
     def until(self, tokens: int, rule: str = "R10") -> None:
-        """Read until so many tokens came with it."""
+        """Read until this many tokens have come."""
         until_s = time.monotonic() + self._stage.patience_s
         while len(self.tokens) < tokens and self.end is None:
             if not self.read(0.2) and time.monotonic() > until_s:
                 raise Broken(rule, f"{len(self.tokens)} of {tokens} tokens came")
 
     def whole(self, rule: str = "R13") -> Any:
-        """Read to the end; the END or FAIL."""
+        """Read to the end; return the END or FAIL."""
         until_s = time.monotonic() + self._stage.patience_s
         while self.end is None:
             if not self.read(0.2) and time.monotonic() > until_s:

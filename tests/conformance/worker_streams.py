@@ -1,4 +1,4 @@
-"""Cases of a worker: streams that survive, and its end (sections 5.6, 6.4)."""
+"""Cases of a worker: streams that survive, and ways to stop (sections 5.6 and 6.4)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.conformance.worker_stage import Stream, WorkerStage
 
 @case("worker", "M15", "M12")
 def worker_continues(stage: WorkerStage) -> None:
-    """An answer of 16 tokens; then, under other ids, the same request with its first tokens, as
-    from another worker: the rest is the same, token by token, and so is the text."""
+    """An answer of 16 tokens; then, under other ids, the same request with its first tokens, as if
+    from another worker: the other tokens and the rest of the text are the same."""
     body = stage.body(16)
     whole = run(stage, body)
     whole.whole()
@@ -28,7 +28,7 @@ def worker_continues(stage: WorkerStage) -> None:
         if ids + rest.tokens != whole.tokens:
             raise Broken(
                 "M15",
-                f"after {len(ids)} tokens: {rest.tokens}; {whole.tokens[len(ids) :]} were due",
+                f"after {len(ids)} tokens: {rest.tokens}; expected {whole.tokens[len(ids) :]}",
             )
         if text + rest.text != whole.text:
             raise Broken("M12", f"after {len(text)} characters: {rest.text!r} of {whole.text!r}")
@@ -36,7 +36,7 @@ def worker_continues(stage: WorkerStage) -> None:
 
 @case("worker", "M12")
 def worker_continues_what_is_complete(stage: WorkerStage) -> None:
-    """RESUME with all tokens of an answer: END at once, no token more."""
+    """RESUME with all tokens of an answer: END at once, without another token."""
     body = stage.body(6)
     whole = run(stage, body)
     whole.whole()
@@ -50,7 +50,7 @@ def worker_continues_what_is_complete(stage: WorkerStage) -> None:
 
 @case("worker", "M13")
 def worker_too_many_characters(stage: WorkerStage) -> None:
-    """RESUME that claims more characters than its tokens have: FAIL `invalid_request`."""
+    """RESUME that claims more characters than its tokens can have: FAIL `invalid_request`."""
     body = stage.body(6)
     whole = run(stage, body)
     whole.whole()
@@ -63,9 +63,9 @@ def worker_too_many_characters(stage: WorkerStage) -> None:
 
 @case("worker", "M11", "M14")
 def worker_attach(stage: WorkerStage) -> None:
-    """ASSIGN with `attach` of a running request, from token 3, at a new epoch and route: all from
-    there, nothing more at the old epoch; then again of the ended one: all of it, END included; the
-    slot is granted once."""
+    """ASSIGN with `attach` of a running request, from token 3, at a new epoch and on a new route:
+    all tokens from there, and none at the old epoch. Then the same once it has ended, from the
+    start: all of it, END included. The slot is granted once."""
     body = stage.body(120)
     stream = run(stage, body)
     stream.until(6)
@@ -84,18 +84,18 @@ def worker_attach(stage: WorkerStage) -> None:
             len(ids_) + len(again.tokens) != 120
             or again.tokens[: 6 - len(ids_)] != (stream.tokens[len(ids_) : 6])
         ):
-            raise Broken("M11", f"{len(again.tokens)} tokens from {len(ids_)} on, or others")
+            raise Broken("M11", f"{len(again.tokens)} tokens from {len(ids_)} on, or wrong ones")
     stage.ready(slots=2)
     if stage.granted != granted + 1:
-        raise Broken("M11", f"granted rose by {stage.granted - granted}; one slot became free")
+        raise Broken("M11", f"granted rose by {stage.granted - granted}; expected 1")
 
 
 def _skip_old(stage: WorkerStage, stream: Stream) -> None:
-    """Events of the former epoch that were under way when ASSIGN came."""
+    """Drop events of the previous epoch that were sent before ASSIGN arrived."""
     session = stage.live()
     until_s = time.monotonic() + stage.patience_s
     while time.monotonic() < until_s:
-        stage.stand.pump(0.02)
+        stage.broker.pump(0.02)
         for got in list(session.inbox):
             if got.type is T.OUTPUT:
                 if any(event.epoch == stream.epoch for event in got.body):
@@ -106,31 +106,31 @@ def _skip_old(stage: WorkerStage, stream: Stream) -> None:
 
 @case("worker", "G4")
 def worker_attach_unknown(stage: WorkerStage) -> None:
-    """ASSIGN with `attach` of a request that it does not have: REJECT `worker_lost`, retryable; no
-    slot is granted for it."""
+    """ASSIGN with `attach` of an unknown request: REJECT `worker_lost`, retryable, which grants no
+    slot."""
     granted = stage.granted
     id_, epoch = stage.new_id(), next_epoch(0, stage.random)
     body = stage.body(5, resume={"epoch": epoch, "token_ids": [1]})
     stage.assign(id_, body, epoch=epoch, attach=True)
     got = stage.expect(T.REJECT, "G4")
     if got.id != id_ or got.body.error.code != "worker_lost" or not got.body.error.retryable:
-        raise Broken("G4", f"REJECT {got.plain}; worker_lost, retryable was due")
+        raise Broken("G4", f"REJECT {got.plain}; expected worker_lost, retryable")
     if got.body.granted != granted:
         raise Broken("G4", f"granted went from {granted} to {got.body.granted}")
 
 
 @case("worker", "M14", "M11", "G1")
 def worker_holds(stage: WorkerStage) -> None:
-    """The connection breaks while one request runs and one has just ended: HELLO names both in
-    `holds`; attached, the first goes on where the client was."""
+    """The connection breaks while one request runs and another has just ended: HELLO names both in
+    `holds`, and once attached, the running one goes on where the client was."""
     ended = run(stage, stage.body(3))
     ended.whole()
     body = stage.body(LONG)
     running = run(stage, body)
     running.until(5)
-    stage.stand.close()
+    stage.broker.close()
     time.sleep(0.2)
-    stage.stand.open()
+    stage.broker.open()
     session = stage.begin()
     assert session.hello is not None
     holds = {held.request_id: held for held in session.hello.holds}
@@ -154,17 +154,17 @@ def worker_holds(stage: WorkerStage) -> None:
 
 @case("worker", "G7")
 def worker_held_ends_unread(stage: WorkerStage) -> None:
-    """A held request ends before anybody resumed it: an OUTPUT with id zero and no event
-    names it."""
+    """A held request ends before anybody resumes it: the ledger of an OUTPUT with id zero and no
+    events names it."""
     stream = run(stage, stage.body(300))
     stream.until(2)
-    stage.stand.close()
-    stage.stand.open()
+    stage.broker.close()
+    stage.broker.open()
     session = stage.begin()
     assert session.hello is not None
     held = {entry.request_id: entry for entry in session.hello.holds}.get(stream.id)
     if held is None:
-        raise Broken("M14", "holds does not name a request that runs")
+        raise Broken("M14", "holds does not name the running request")
     if not held.running:
         raise Skipped("the request had ended when the worker came back")
     got = stage.expect(T.OUTPUT, "G7")
@@ -173,11 +173,11 @@ def worker_held_ends_unread(stage: WorkerStage) -> None:
         raise Broken("G7", f"OUTPUT {got.id.hex()[:8]} {got.body} {finished}")
 
 
-# --- the end --------------------------------------------------------------------------------------
+# --- ways to stop ---------------------------------------------------------------------------------
 
 
 def _leaves(stage: WorkerStage, stream: Stream, rule: str) -> None:
-    """DRAIN, no credit, the answer to its end, GOODBYE `drained`."""
+    """Check for DRAIN, no more credit, the whole answer, and GOODBYE `drained`."""
     stage.drain = True
     stage.past(stream, T.DRAIN, rule)
     free = stage.granted - stage.assigned
@@ -185,19 +185,19 @@ def _leaves(stage: WorkerStage, stream: Stream, rule: str) -> None:
     stage.assign(id_, stage.body(3))
     got = stage.past(stream, T.REJECT, "G4")
     if got.id != id_ or not got.body.error.retryable:
-        raise Broken("G4", f"REJECT {got.plain}; retryable was due")
+        raise Broken("G4", f"REJECT {got.plain}; expected retryable")
     is_end(stream.whole(rule), "length", rule)
     got = stage.expect(T.GOODBYE, rule)
     if got.body.reason != "drained":
-        raise Broken(rule, f"GOODBYE {got.body.reason}; drained was due")
+        raise Broken(rule, f"GOODBYE {got.body.reason}; expected drained")
     if stage.granted - stage.assigned > free:
         raise Broken("G3", "it granted credit while it drained")
 
 
 @case("worker", "S12", "S18", "G3", "G4", alone=True)
 def worker_told_to_stop(stage: WorkerStage) -> None:
-    """DRAIN while a request runs: DRAIN, REJECT of what is assigned yet, the answer's end, GOODBYE
-    `drained`."""
+    """The broker sends DRAIN while a request runs: DRAIN in return, REJECT of later ASSIGNs, the
+    whole answer, GOODBYE `drained`."""
     stream = run(stage, stage.body(150))
     stream.until(2)
     session = stage.live()
@@ -207,7 +207,8 @@ def worker_told_to_stop(stage: WorkerStage) -> None:
 
 @case("worker", "S18", "G3", "G4", alone=True)
 def worker_stopped(stage: WorkerStage) -> None:
-    """SIGTERM while a request runs: the same."""
+    """SIGTERM while a request runs: DRAIN, REJECT of later ASSIGNs, the whole answer, GOODBYE
+    `drained`."""
     stream = run(stage, stage.body(150))
     stream.until(2)
     stage.subject.signal(signal.SIGTERM)
@@ -216,7 +217,8 @@ def worker_stopped(stage: WorkerStage) -> None:
 
 @case("worker", "S18", "S12", alone=True)
 def worker_stopped_late(stage: WorkerStage) -> None:
-    """DRAIN with a deadline of 300 ms while a long request runs: GOODBYE `drained` by then."""
+    """The broker sends DRAIN with a deadline of 300 ms while a long request runs: GOODBYE
+    `drained`."""
     stream = run(stage, stage.body(20_000))
     stream.until(2)
     session = stage.live()
@@ -224,4 +226,4 @@ def worker_stopped_late(stage: WorkerStage) -> None:
     stage.drain = True
     got = stage.past(stream, T.GOODBYE, "S18", passing=T.DRAIN)
     if got.body.reason != "drained":
-        raise Broken("S18", f"GOODBYE {got.body.reason}; drained was due")
+        raise Broken("S18", f"GOODBYE {got.body.reason}; expected drained")

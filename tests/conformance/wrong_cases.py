@@ -1,4 +1,4 @@
-"""The wrong messages of wrong.json as cases: each is sent, and what follows is judged."""
+"""The wrong messages of wrong.json as cases: each is sent, and the reaction is judged."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from tests.protocol.wrong_messages import wrong_messages
 _GOLDEN: Final[dict[str, list[str]]] = json.loads(GOLDEN.read_text())
 
 
-def _in_place(
+def _with_ids(
     frames: tuple[bytes, ...], session: bytes, request: bytes = b"", route: bytes = b""
 ) -> list[bytes]:
-    """The frames with the ids of the moment in the place of the golden ones."""
+    """The frames with the current ids instead of the golden ones."""
     told = []
     for frame in frames:
         for old, new in ((SESSION, session), (REQUEST, request), (ROUTE, route)):
@@ -59,7 +59,7 @@ def _to_broker(wrong: Wrong) -> Callable[[BrokerScene], None]:
             peer.raw([bytes.fromhex(frame) for frame in _GOLDEN[name]])
             got = peer.expect(T.WELCOME, rule="S3")
             peer.id = got.id
-        peer.raw(_in_place(wrong.frames, peer.id))
+        peer.raw(_with_ids(wrong.frames, peer.id))
         _broker_answers(scene, peer, wrong)
 
     return play
@@ -69,7 +69,7 @@ def _broker_answers(scene: BrokerScene, peer: Peer, wrong: Wrong) -> None:
     rule = wrong.rule
     id_ = wrong.frames[0][8:24]
     if wrong.does in (REFUSES, FOR_GOOD):
-        # A broken HELLO may be refused for good even where it need not be.
+        # A malformed HELLO may be refused for good even if that is not required.
         fatal = True if wrong.does == FOR_GOOD else False if wrong.after else None
         refused(peer, wrong.code, rule, fatal)
         return
@@ -78,13 +78,13 @@ def _broker_answers(scene: BrokerScene, peer: Peer, wrong: Wrong) -> None:
     elif wrong.does == CANCELLED:
         (event,) = scene.output(peer, rule)
         if not isinstance(event, messages.EndEvent) or event.finish_reason.value != "cancelled":
-            raise Broken(rule, f"{event}; END cancelled was due")
+            raise Broken(rule, f"{event}; expected END cancelled")
         if (event.request_id, event.offset) != (id_, 0):
-            raise Broken(rule, f"{event}; the id of the CANCEL and offset 0 were due")
+            raise Broken(rule, f"{event}; expected the id of the CANCEL and offset 0")
     elif wrong.does == ANSWERS:
         got = peer.expect(T.ANSWER, rule=rule)
         if got.id != id_ or got.body.error is None or got.body.error.code != wrong.code:
-            raise Broken(rule, f"ANSWER {got.plain}; error {wrong.code} was due")
+            raise Broken(rule, f"ANSWER {got.plain}; expected error {wrong.code}")
     else:
         peer.quiet(rule, "nothing is answered", seconds=0.2)
     # The session goes on.
@@ -104,7 +104,7 @@ def _to_worker(wrong: Wrong) -> Callable[[WorkerStage], None]:
         if wrong.does == ENDS:
             stage.settled()
         id_, route = stage.new_id(), stage.new_id()
-        frames = _in_place(wrong.frames, session.id, id_, route)
+        frames = _with_ids(wrong.frames, session.id, id_, route)
         _renumber(frames, wrong, session)
         session.raw(frames)
         stage.assigned += frames[0][3] == T.ASSIGN and wrong.does == FAILS
@@ -116,9 +116,10 @@ def _to_worker(wrong: Wrong) -> Callable[[WorkerStage], None]:
             got = stage.look(0.3)
             if got is not None or session.over:
                 raise Broken(
-                    wrong.rule, f"{got and got.plain}: the session goes on and nothing is said"
+                    wrong.rule,
+                    f"{got and got.plain}; expected that the session goes on, without an answer",
                 )
-        # It serves as before.
+        # It still serves.
         stage.ready()
         id_ = stage.new_id()
         stream = stage.stream(id_, stage.assign(id_, stage.body(3)))
@@ -128,17 +129,17 @@ def _to_worker(wrong: Wrong) -> Callable[[WorkerStage], None]:
 
 
 def _renumber(frames: list[bytes], wrong: Wrong, session: Session) -> None:
-    """The sequence number counts on from what was really sent, unless it is what is wrong."""
+    """Set the next sequence number of the real session, unless that number is what is wrong."""
     by = int.from_bytes(frames[0][-8:], "big") - len(wrong.after)
     frames[0] = frames[0][:-8] + (session.sequence + by).to_bytes(8, "big")
 
 
 def _comes_back(stage: WorkerStage, session: Session, wrong: Wrong) -> None:
-    again = stage.stand.hello(rule=wrong.rule)
+    again = stage.broker.hello(rule=wrong.rule)
     if again.routing_id == session.routing_id:
-        raise Broken("T1", "the routing id of the former session")
+        raise Broken("T1", "the routing id of the previous session")
     session.over = True
-    stage.stand.welcome(again)
+    stage.broker.welcome(again)
     stage.entered(again)
 
 
@@ -153,9 +154,9 @@ def _fails(stage: WorkerStage, id_: bytes, route: bytes, wrong: Wrong) -> None:
         if got.ledger is None or [entry.request_id for entry in got.ledger.finished] != [id_]:
             raise Broken("G6", "FAIL without a ledger that names the request")
     else:
-        raise Broken(wrong.rule, f"{got.type.name} {got.plain} came; FAIL or REJECT was due")
+        raise Broken(wrong.rule, f"{got.type.name} {got.plain} came; expected FAIL or REJECT")
     if wrong.code and code != wrong.code:
-        raise Broken(wrong.rule, f"code {code}; {wrong.code} was due")
+        raise Broken(wrong.rule, f"code {code}; expected {wrong.code}")
 
 
 # --- a client -------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def _fails(stage: WorkerStage, id_: bytes, route: bytes, wrong: Wrong) -> None:
 def _to_client(wrong: Wrong) -> Callable[[ClientStage], None]:
     def play(stage: ClientStage) -> None:
         session, answer = stage.begun(tokens=2)
-        frames = _in_place(wrong.frames, session.id, answer.id, answer.route)
+        frames = _with_ids(wrong.frames, session.id, answer.id, answer.route)
         _renumber(frames, wrong, session)
         session.raw(frames)
         if wrong.does == RESUMES:
@@ -183,19 +184,19 @@ def _to_client(wrong: Wrong) -> Callable[[ClientStage], None]:
 def _resumed(
     stage: ClientStage, session: Session, answer: Any, wrong: Wrong
 ) -> tuple[Session, Any]:
-    """RESUME comes, on this session or after HELLO on another."""
+    """Wait for RESUME on this session, or on another after its HELLO."""
     until = stage.patience_s
     while until > 0:
-        again = stage.stand.dialled(0.0) if stage.stand.greeting else None
+        again = stage.broker.dialled(0.0) if stage.broker.greeting else None
         if again is not None:
-            stage.stand.welcome(again)
+            stage.broker.welcome(again)
             session = again
         got = session.next(T.QUERY, T.WINDOW, T.GOODBYE, seconds=0.05)
         until -= 0.05
         if got is None:
             continue
         if got.type is not T.RESUME or got.id != answer.id:
-            raise Broken(wrong.rule, f"{got.type.name} came; RESUME was due")
+            raise Broken(wrong.rule, f"{got.type.name} came; expected RESUME")
         resume = got.body.resume
         if resume.token_ids != answer.ids or resume.text_characters != len(answer.text):
             raise Broken(

@@ -1,6 +1,6 @@
-"""Our parties with a bug on purpose, as subjects of the kit.
+"""Our parties with deliberate bugs, as subjects of the kit.
 
-`python -m tests.conformance.wrong_ones NAME MODULE [ARGUMENT ...]` runs a module with that bug.
+`python -m tests.conformance.wrong_ones NAME MODULE [ARGUMENT ...]` runs a module with the bug NAME.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from worker.core.requests import Requests as WorkerRequests
 from worker.core.streams import Stream
 
 BUGS: Final = (
-    # The mistake of the first sample client on the page.
+    # The mistake of the first sample client in SPEC.md.
     Mutant(
-        "client beats by what it heard last",
+        "client sends no heartbeats while it hears",
         PeerConnection,
         "receive",
         "self._liveness.heard(now_s)",
         "self._liveness.heard(now_s); self._liveness.sent(now_s)",
     ),
     Mutant(
-        "client counts bytes for characters",
+        "client counts bytes as characters",
         Exchange,
         "accept",
         "self.text_characters += len(event.text)",
@@ -49,28 +49,28 @@ BUGS: Final = (
         "limit = min(total, self.window + 1)",
     ),
     Mutant(
-        "worker forgets to answer CANCEL of what it does not have",
+        "worker does not answer CANCEL of an unknown request",
         WorkerRequests,
         "cancel",
         "self._tell_over(connection, request_id)\n    elif route is None:\n        self._log",
         "pass\n    elif route is None:\n        self._log",
     ),
     Mutant(
-        "worker resumes a token too far",
+        "worker resumes one token too far",
         Stream,
         "attach",
         "self.sent = self.attached_at = count",
         "self.sent = self.attached_at = min(count + 1, len(self.token_ids))",
     ),
     Mutant(
-        "broker takes a lower grant for the truth",
+        "broker accepts a lower grant",
         BrokerCore,
         "_grant",
         "if granted > worker.granted:",
         "if True:",
     ),
     Mutant(
-        "broker takes an older epoch",
+        "broker accepts an older epoch",
         recovery,
         "_resume",
         "if facts.epoch < existing.epoch:",
