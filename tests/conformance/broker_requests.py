@@ -196,8 +196,8 @@ def broker_attachments(scene: BrokerScene) -> None:
 
 @case("broker", "C2", "C3", "C1")
 def broker_cancel(scene: BrokerScene) -> None:
-    """CANCEL of a queued request, twice: the broker answers with END `cancelled` each time. CANCEL of
-    a running one goes to the worker, whose END goes to the client."""
+    """CANCEL of a queued request, twice: the broker answers with END `cancelled` each time. CANCEL
+    of a running one goes to the worker, whose END goes to the client."""
     worker, client = scene.worker(), scene.client()
     id_, route = scene.running(client, worker)
     queued = scene.request(client)
