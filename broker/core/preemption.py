@@ -95,16 +95,26 @@ def _victim(bus: BusState, waiting: RequestState) -> RequestState | None:
 
 
 def _may_give_way(bus: BusState, request: RequestState) -> bool:
-    """Whether it has made some progress, and did not give way a moment ago."""
-    started_s = request.started_s
-    if started_s is None or not ends.may_move(request):
+    """Whether it has made some progress, and did not give way a moment ago.
+
+    Over all its times in slots, at least half is progress: what it took to begin is computed again.
+    So a stream that has run for long gives way at once, even before its first token.
+    """
+    if not ends.may_move(request):
         return False
-    # What it took to begin is computed again, so at least half of its time in slots is of use.
-    began_s = 0.0 if request.assigned_s is None else started_s - request.assigned_s
+    beginning_s, progress_s = _so_far(bus, request)
     return (
-        bus.now_s - started_s >= max(bus.settings.preempt_floor_s, began_s)
+        progress_s >= max(bus.settings.preempt_floor_s, beginning_s)
         and bus.now_s - request.preempted_s >= bus.settings.preempt_again_s
     )
+
+
+def _so_far(bus: BusState, request: RequestState) -> tuple[float, float]:
+    """Seconds in slots until its first tokens, and after them."""
+    began_s = bus.now_s if request.started_s is None else request.started_s
+    # A stream that its worker brought along from another broker was not assigned by this one.
+    assigned_s = began_s if request.assigned_s is None else request.assigned_s
+    return request.beginning_s + began_s - assigned_s, request.progress_s + bus.now_s - began_s
 
 
 def _would_serve(
@@ -129,6 +139,7 @@ def _preempt(bus: BusState, request: RequestState) -> None:
     worker = request.worker
     assert worker is not None
     bus.counters["preempted"] += 1
+    request.beginning_s, request.progress_s = _so_far(bus, request)
     request.preempted_s = bus.now_s
     error = ErrorInfo(
         code=ErrorCode.DRAINING,

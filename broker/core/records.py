@@ -397,6 +397,7 @@ class RequestState:
         "admitted",
         "alone",
         "assigned_s",
+        "beginning_s",
         "cancelled",
         "carries_text",
         "cause",
@@ -435,6 +436,7 @@ class RequestState:
         "preempted_s",
         "prefix_key",
         "priority",
+        "progress_s",
         "prompt_guess",
         "queue_until_s",
         "queued_s",
@@ -493,6 +495,9 @@ class RequestState:
         self.said_at_s = now_s
         #: When it gave way to a higher priority last.
         self.preempted_s = -math.inf
+        #: In the slots that it gave up: time until its first tokens, and after them.
+        self.beginning_s = 0.0
+        self.progress_s = 0.0
         #: When it moved to a faster worker last.
         self.evened_s = -math.inf
         #: The user whose turn it takes in the queue.

@@ -79,6 +79,7 @@ def _resume(
     if existing is not None:
         request.moves, request.moved = existing.moves, existing.moved
         request.preempted_s, request.evened_s = existing.preempted_s, existing.evened_s
+        request.beginning_s, request.progress_s = existing.beginning_s, existing.progress_s
         request.charged = existing.charged
         request.returned, request.deaths = existing.returned, existing.deaths
         request.lost_alone = existing.lost_alone

@@ -117,12 +117,12 @@ class CoreSettings:
     preempt_floor_s: float = option(
         0.1,
         "s",
-        "a stream gives way this long after its first token at the earliest, and never before it "
-        "has run for as long as it took to begin",
+        "a stream gives way once it has made tokens for this long, and for as long as it has spent "
+        "on beginning, in all its slots together",
         low=0,
     )
     preempt_again_s: float = option(
-        0.3, "s", "a stream that gave way is left alone for this long", low=0
+        0.1, "s", "a stream that gave way is left alone for this long", low=0
     )
     swap_factor: float = option(
         5.0,

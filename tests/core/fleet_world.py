@@ -102,8 +102,10 @@ class Fleet:
                     came = True
                     self.moves += 1
                     name, assign, had, begun_s = self._runs.pop(message.id)
-                    assert begun_s is not None
-                    done = had + 1 + int((self.bus.now_s - begun_s) / self.gpus[name].token_s)
+                    done = had
+                    if begun_s is not None:
+                        ran_s = self.bus.now_s - begun_s
+                        done += 1 + int(ran_s / self.gpus[name].token_s)
                     self._gone[message.id] = name, assign
                     self._had[message.id] = done
                     epoch = assign.assign.epoch + 1

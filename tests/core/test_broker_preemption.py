@@ -149,6 +149,51 @@ def test_it_makes_some_progress_first() -> None:
     assert gave_way(client, worker) == [low]
 
 
+def test_progress_counts_over_all_slots_so_one_that_ran_for_long_gives_way_before_its_first_token() -> (
+    None
+):
+    """A person leaves, the stream gets that slot, and at once the next person comes."""
+    bus, worker, client = fleet()
+    (low,) = running(worker, client, -50)
+    bus.wait(30.0)
+    person = bus.client("person")
+    epoch = 0
+    for _ in range(3):
+        high = person.request()
+        assert gave_way(client, worker) == [low]
+        epoch += 1
+        client.resume(low, epoch, tokens=12, priority=-50)
+        worker.stopped(low)
+        (assign,) = worker.assigned()
+        assert assign.id == high
+        bus.wait(AGAIN_S)
+        worker.finish(assign)
+        assert worker.assigned_ids() == [low]
+        bus.wait(2.0)  # it computes its prompt again
+
+
+def test_half_of_the_time_in_slots_is_progress_however_often_it_gives_way() -> None:
+    bus, worker, client = fleet()
+    (low,) = running(worker, client, -50)
+    bus.wait(5.0)
+    person = bus.client("person")
+    person.request()
+    assert gave_way(client, worker) == [low]
+    client.resume(low, 1, tokens=12, priority=-50)
+    worker.stopped(low)
+    bus.wait(AGAIN_S)
+    worker.finish(worker.assigned()[0])
+    (again,) = worker.assigned()
+    bus.wait(6.0)  # more than the progress that it had made
+    person.request()
+    assert gave_way(client, worker) == []
+    worker.first_token(again)
+    bus.wait(0.5)
+    assert gave_way(client, worker) == []
+    bus.wait(1.0)
+    assert gave_way(client, worker) == [low]
+
+
 def test_one_that_began_at_once_runs_for_a_moment_first() -> None:
     bus, worker, client = fleet()
     low = client.request(priority=-50)
