@@ -16,7 +16,7 @@ LINE_TOKENS = 1000
 LOAD = 1 / 3
 """Of the slots' time, for people."""
 SECONDS = 200.0
-SEED = 1
+SEED = 2
 
 
 @dataclass
