@@ -1,4 +1,4 @@
-"""Run every benchmark and write one results file: `python -m bench.all --quick`.
+"""Run the benchmarks beside peers and write one results file: `python -m bench.all --quick`.
 
 Each script runs in its own process, so that no run affects the next. The file holds the JSON lines
 of all scripts, each with the name of its script; tables go to standard output and to
@@ -24,7 +24,7 @@ from bench.common import ROOT, python
 SCRIPTS = ("hop", "stream", "scale", "images", "start", "engine", "decide")
 RESULTS = ROOT / "bench" / "results.json"
 LIMIT_S = {True: 180.0, False: 1800.0}
-"""Time limits for one script, without and with --quick; generous, for a busy machine."""
+"""Time limits for one script, with and without --quick; generous, for a busy machine."""
 
 
 def run(script: str, arguments: argparse.Namespace, lines: Path) -> list[str] | None:
@@ -53,12 +53,14 @@ def kept(results: Path, chosen: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all scripts; returns 1 if one failed."""
-    parser = argparse.ArgumentParser(description="All benchmarks, one results file.")
+    """Run the scripts; return 1 if one failed."""
+    parser = argparse.ArgumentParser(description="Benchmarks beside peers, with one results file.")
     parser.add_argument("--quick", action="store_true", help="a minute or less for each")
     parser.add_argument("--json", type=Path, default=RESULTS, help="results [bench/results.json]")
     parser.add_argument("--plots", type=Path, help="folder for plots; needs matplotlib")
-    parser.add_argument("--only", default=",".join(SCRIPTS), help="a list; others keep their lines")
+    parser.add_argument(
+        "--only", default=",".join(SCRIPTS), help="scripts to run; the others keep their lines"
+    )
     arguments = parser.parse_args(argv)
     if arguments.plots:
         arguments.plots.mkdir(parents=True, exist_ok=True)

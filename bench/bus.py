@@ -1,5 +1,8 @@
-"""The bus as the benchmarks use it: its processes, and raw peers without the client library, so
-that the load generator is cheap and only the broker is measured."""
+"""The bus as the benchmarks use it: its processes, and raw peers.
+
+Raw peers do without the client library, so that the load generator is cheap and only the broker is
+measured.
+"""
 
 from __future__ import annotations
 

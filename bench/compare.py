@@ -1,4 +1,4 @@
-"""Compare two results (JSON lines of any script here): which figures changed by more than noise.
+"""Compare two results (JSON lines of any script here): which figures changed beyond the noise.
 
 `python -m bench.compare BEFORE AFTER` exits with 1 if something got worse. A figure counts as
 changed if the two values differ by more than three times the larger noise of both runs, and by at
@@ -67,7 +67,7 @@ def moves(
     least: float,
     ratios: bool,
 ) -> list[Move]:
-    """The figures in both results that changed by more than noise, largest changes first."""
+    """The figures in both results that changed by more than the noise, largest changes first."""
     found: list[tuple[float, Move]] = []
     field = "ratio" if ratios else "value"
     for what in before.keys() & after.keys():
@@ -85,7 +85,7 @@ def moves(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what changed; returns 1 if something got worse."""
+    """Print what changed; return 1 if something got worse."""
     parser = argparse.ArgumentParser(description="Show what changed between two results.")
     parser.add_argument("before", type=Path, help="JSON lines of an earlier run")
     parser.add_argument("after", type=Path, help="JSON lines of a later run")

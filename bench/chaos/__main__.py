@@ -49,11 +49,11 @@ from tests.support.reader import Got
 
 STREAMS: Final = 50
 FEATURED_LANES: Final = 18
-"""Requests with every feature at once, about twenty choices: each kind with each model."""
+"""Requests with every feature at once, with about 36 choices: each kind with two models."""
 FEATURED_TOKENS: Final = 40
 QUICK_HEARTBEAT_S: Final = 0.2
 RUNNING_S: Final = 120.0
-"""Longest wait until all streams are running."""
+"""Longest wait until all streams run."""
 QUICK_TOKENS: Final = 70
 FULL_TOKENS: Final = 500
 
@@ -77,7 +77,9 @@ class Run:
 
     def rounds(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
         """Run every fault as often as the options say, then in random order until the time is up.
-        Yields each outcome, summed over its rounds, whenever it changes."""
+
+        Yields each outcome, summed over its rounds, whenever it changes.
+        """
         until_s = time.monotonic() + (self.options.seconds or 0.0)
         begin = list(faults)
         for _ in range(self.options.rounds - 1):
@@ -246,22 +248,33 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kills", action="store_true", help="only kills, with every feature on the demo model"
     )
-    parser.add_argument("--rounds", type=int, default=1, help="rounds of every fault, at least [1]")
     parser.add_argument(
-        "--parallel", type=int, help="buses in parallel [2 with --quick, else 1, for exact times]"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="for the order and hostile bytes [0]")
-    parser.add_argument(
-        "--only", metavar="WORDS", help="only faults with these words in their name"
+        "--rounds", type=int, default=1, help="at least this many rounds of every fault [1]"
     )
     parser.add_argument(
-        "--heartbeat-s", type=float, help="of clients and workers [0.2 with --quick, else 5 and 1]"
+        "--parallel",
+        type=int,
+        help="buses at the same time [2 with --quick, else 1, for exact times]",
     )
     parser.add_argument(
-        "--verbose", action="store_true", help="why streams were interrupted, to standard error"
+        "--seed", type=int, default=0, help="seed of the order and of hostile bytes [0]"
+    )
+    parser.add_argument("--only", metavar="WORDS", help="only faults whose name contains this text")
+    parser.add_argument(
+        "--heartbeat-s",
+        type=float,
+        help="heartbeat interval of clients and workers [0.2 with --quick, else 5 and 1]",
     )
     parser.add_argument(
-        "--soak", metavar="MINUTES", type=float, help="no faults: every feature, and flat memory"
+        "--verbose",
+        action="store_true",
+        help="write to standard error why streams were interrupted",
+    )
+    parser.add_argument(
+        "--soak",
+        metavar="MINUTES",
+        type=float,
+        help="no faults: use every feature, and check that memory stays flat",
     )
     parser.add_argument("--list", action="store_true", help="list the faults' names and exit")
     options = parser.parse_args(argv)
@@ -280,7 +293,7 @@ def _soak(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the faults; returns 1 if a promise was broken."""
+    """Run the faults; return 1 if a promise was broken."""
     options = _options(argv)
     if options.soak is not None:
         return _soak(options)

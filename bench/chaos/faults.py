@@ -1,4 +1,4 @@
-"""The faults of `bench.chaos`: what strikes where, and what it may cost.
+"""The faults of `bench.chaos`: what each one does to the bus, and what it may cost.
 
 Each is a function on a running bus; `FAULTS` lists them all. `bench.chaos.judge` checks that
 streams come out unaltered.
@@ -40,7 +40,7 @@ allocator keeps some of the memory that is freed."""
 
 @dataclass
 class Blow:
-    """One strike of a fault: where it hits, what it may use, what it reports."""
+    """One strike of a fault: the bus that it hits, what it may use, where it reports."""
 
     stage: Stage
     reader: Process
@@ -68,7 +68,7 @@ class Fault:
     name: str
     strike: Callable[[Blow], None]
     hits: tuple[str, ...] = ()
-    #: The stage that it needs; None for the common one.
+    #: The layout of the bus that it needs; None for the common one.
     layout: Layout | None = None
     #: Readers keep making new requests until the fault is over.
     repeat: bool = False
@@ -199,8 +199,11 @@ def _delay(blow: Blow) -> None:
 
 
 def _slow_reader(blow: Blow) -> None:
-    """A client with an endless answer and an unlimited window that never reads. The worker keeps
-    the answer, which the context limits; the broker keeps what its queue to one peer may hold."""
+    """A client with an endless answer and an unlimited window never reads.
+
+    The worker keeps the answer, which is limited by the context; the broker keeps what its queue
+    for one peer may hold.
+    """
     before = memory_bytes(blow.broker().pid)
     peer = RawPeer(blow.stage.fronts[0])
     peer.hello("client", "slow reader")
@@ -245,7 +248,7 @@ def _restart_broker(blow: Blow) -> None:
 
 
 def _roll(blow: Blow) -> None:
-    """Restart every worker, one after the other, then the broker, under load."""
+    """Restart the workers one after another, then the broker, under load."""
     for name, worker in list(blow.stage.workers.items()):
         worker.signal(signal.SIGTERM)
         worker.wait(20)
@@ -337,8 +340,11 @@ def _wait_no_strangers(stage: Stage) -> None:
 
 
 def _strangers(blow: Blow) -> None:
-    """Hostile messages and raw bytes at both ports, twice. The allocator keeps the queues' peak
-    memory after the first round, so only growth in the second round is a leak."""
+    """Send hostile messages and raw bytes to both ports, twice.
+
+    The allocator keeps the queues' peak memory after the first round, so only growth in the second
+    round is a leak.
+    """
     count = 2000 if blow.quick else 50_000
     before = memory_bytes(blow.broker().pid)
     blow.outcome.figures["hostile_messages"] = _pester_both_ports(blow, count)

@@ -26,7 +26,7 @@ from worker.demo.pictures import make_scene, render
 
 MODEL: Final = "demo"
 ENDS: Final = ("completed", "incomplete", "failed")
-"""What a response's last event is called."""
+"""Names of a response's last event."""
 ADAPTERS: Final = ("tuned", "tuned-too")
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
@@ -43,8 +43,8 @@ CHAT_TEMPLATE: Final = """{{ bos_token }}
 {{- '<tool_call>' + (call['function'] | tojson) + '</tool_call>' }}{% endfor %}
 {{- '<|end|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' + ('<think>' if thinking else '') }}{% endif %}"""
-"""The demo model's own template does not mention tools, so it would refuse them. With this one the
-model also thinks, if asked to: whatever it writes before its budget ends."""
+"""The demo model's own template does not mention tools, so tools would be refused. With this one
+the model can also think: its thought is whatever it writes before its budget ends."""
 
 _THINKS: Final = {"chat_template_kwargs": {"thinking": True}, "thinking_tokens": 24}
 
@@ -52,7 +52,7 @@ _SCHEMA: Final = shape_schema(colour={"type": "string", "enum": ["red", "blue", 
 _TOOL: Final = paint_tool(12, 16)
 
 
-# --- what is asked --------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 def request_of(lane: int, tokens: int) -> tuple[str, dict[str, Any]]:
@@ -162,7 +162,7 @@ def _tools_and_images(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
 
 
 def _written_call(variant: int, tokens: int) -> tuple[str, dict[str, Any]]:
-    """A call in the text, which a grammar makes the model write after its reasoning."""
+    """A tool call in the text, which a grammar makes the model write after its thought."""
     call = r'<tool_call>\{"name": "paint", "arguments": \{"where": "[a-z ]{40,60}"\}\}</tool_call>'
     return CHAT, {
         "messages": _user(f"Think, then paint shape {variant}."),
@@ -230,8 +230,11 @@ class Heard:
         self.chunks = 0
 
     def add(self, chunk: dict[str, Any]) -> None:
-        """Add one decoded chunk or event, or an answer that was not streamed. Raises `ValueError`
-        for an error within the stream, and for an event that is lost or doubled."""
+        """Add one decoded chunk or event, or an answer that was not streamed.
+
+        Raises `ValueError` for an error within the stream, and for an event that is lost or
+        doubled.
+        """
         if chunk.get("error"):
             raise ValueError(json.dumps(chunk["error"]))
         self.chunks += 1
@@ -259,7 +262,7 @@ class Heard:
         """One event of `/v1/responses`; each output item counts as a choice."""
         number, self._next = self._next, event["sequence_number"] + 1
         if event["sequence_number"] != number:
-            raise ValueError(f"event {event['sequence_number']} came in the place of {number}")
+            raise ValueError(f"event {event['sequence_number']} came instead of {number}")
         kind = event["type"].removeprefix("response.")
         if kind in ENDS:
             if kind == "failed":
@@ -293,8 +296,8 @@ class Heard:
         ]
 
     def flows(self) -> dict[int, tuple[list[str], list[str]]]:
-        """By choice: its texts (content, thoughts, then name and arguments of each call) and its
-        finish reasons."""
+        """By choice: its texts (content, thought, name and arguments of each call), finish
+        reasons."""
         return {
             index: (
                 [choice.text, choice.reasoning]
@@ -310,8 +313,10 @@ class Heard:
         return self._usage
 
     def text(self) -> str:
-        """Everything else in one text: content, calls, roles, finish reasons, usage. Equal answers
-        give equal texts, however they were cut into chunks and whatever was cached."""
+        """Everything else in one text: content, calls, roles, finish reasons, usage.
+
+        Equal answers give equal texts, however they were cut into chunks and whatever was cached.
+        """
         choices = [
             [
                 index,
@@ -327,7 +332,7 @@ class Heard:
 
     @property
     def logprobs(self) -> list[float]:
-        """In the order of `token_ids`."""
+        """The logprobs, in the order of `token_ids`."""
         return [value for _, choice in sorted(self._choices.items()) for value in choice.logprobs]
 
 
@@ -344,7 +349,7 @@ def _add_logprobs(choice: _Choice, told: Any) -> None:
 
 
 def same_logprobs(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether they belong to the same answer; neighbours in the batch change the last digits."""
+    """Whether these can be of the same answer; neighbours in the batch change the last digits."""
     return len(one) == len(other) and all(
         abs(a - b) < 0.02 for a, b in zip(one, other, strict=True)
     )
@@ -354,8 +359,10 @@ def same_logprobs(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def write_adapters(folder: Path) -> str:
-    """Two LoRA adapters of the demo model, with weights drawn from a seed; returns the value of
-    `--engine-arg adapters=`."""
+    """Write two LoRA adapters of the demo model, with weights drawn from a seed.
+
+    Returns the value of `--engine-arg adapters=`.
+    """
     import peft
     import torch
     from transformers import LlavaForConditionalGeneration

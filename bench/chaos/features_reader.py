@@ -1,9 +1,8 @@
-"""The client of `bench.chaos` for runs with every feature: reads streams of `bench.chaos.features`
-from gateways, in its own process.
+"""The client process of `bench.chaos` that reads answers of `bench.chaos.features` from gateways.
 
-A stream that breaks off is resumed at the next gateway, from the last event that was read. What is
-not streamed is asked for again: such a request ends with its gateway. Like
-`tests.support.reader`, it prints `running` once every lane has part of its answer, and one JSON
+A stream that breaks off is resumed at the next gateway, from the last event that was read. A
+request that is not streamed ends with its gateway, so it is sent again. Like
+`tests.support.reader`, this prints `running` once every lane has part of its answer, and one JSON
 line at the end. It judges nothing.
 """
 
@@ -43,8 +42,10 @@ class Refused(Exception):
 def ask(
     gateways: Sequence[str], path: str, body: dict[str, Any], got: Got
 ) -> Generator[Heard, None, None]:
-    """Read one answer into `got`, resuming wherever needed; yields the answer so far after each
-    chunk. `got.error` is the error that ended it."""
+    """Read one answer into `got`, resuming where needed; yield the answer so far after each chunk.
+
+    `got.error` is the error that ended it.
+    """
     heard, last_id = Heard(), ""
     until_s = time.monotonic() + LIMIT_S
     for attempt in range(1 << 30):
@@ -73,8 +74,10 @@ def ask(
 def _events(
     gateway: str, path: str, body: dict[str, Any], last_id: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ids and data of the events of one connection, from the event after `last_id` to the end; of
-    what is not streamed, the answer."""
+    """Ids and data of the events of one connection, from the event after `last_id` to the end.
+
+    For a request that is not streamed, the whole answer.
+    """
     connection = http.client.HTTPConnection(urlsplit(gateway).netloc, timeout=SILENCE_S)
     headers = {"content-type": "application/json"}
     if last_id:
@@ -128,7 +131,7 @@ class _Lanes:
         gateways = options.gateways[got.lane % 2 :] + options.gateways[: got.lane % 2]
         path, body = request_of(got.lane, options.tokens)
         if not body["stream"]:
-            self._begun(got.lane)  # nothing of it is seen before its end
+            self._begun(got.lane)  # nothing of it arrives before its end
         for heard in ask(gateways, path, body, got):
             if heard.chunks == BEGUN_CHUNKS:
                 self._begun(got.lane)

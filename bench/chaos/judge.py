@@ -75,8 +75,10 @@ def differences(got: Sequence[int], expected: Sequence[int]) -> tuple[int, int]:
 
 
 def judge(outcome: Outcome, streams: Sequence[Got], reference: Reference) -> None:
-    """Compare the streams with the run without faults. A stream that failed must still be a prefix
-    of its answer."""
+    """Compare the streams with the run without faults.
+
+    A stream that failed must still be a prefix of its answer.
+    """
     for got in streams:
         expected = reference[got.lane]
         outcome.requests += 1
@@ -98,8 +100,10 @@ def judge(outcome: Outcome, streams: Sequence[Got], reference: Reference) -> Non
 
 
 def recoveries_ms(streams: Sequence[Got], struck_s: float, workers: Sequence[str]) -> list[float]:
-    """The longest pause after the fault of each affected stream: those at the given workers, or all
-    if none are given."""
+    """The longest pause after the fault of each affected stream, in milliseconds.
+
+    Affected are streams at the given workers, or all if none are given.
+    """
     found = []
     for got in streams:
         at = [worker for since_s, worker in got.workers if since_s <= struck_s]
@@ -113,8 +117,10 @@ def recoveries_ms(streams: Sequence[Got], struck_s: float, workers: Sequence[str
 
 
 def check_reference(streams: Sequence[Got], tokens: int) -> None:
-    """Check the run without faults against the echo engine's known answers. Raises
-    `RuntimeError`."""
+    """Check the run without faults against the known answers of the echo engine.
+
+    Raises `RuntimeError`.
+    """
     for got in streams:
         asked = arguments_of(got.lane, tokens, PACE_MS)
         text = got.text
@@ -140,10 +146,10 @@ def check_featured_reference(streams: Sequence[Got]) -> None:
     for what, seen in {
         "image tokens": any('"image_tokens": 9' in text for text in texts),
         "tool calls": any('"tool_calls"' in text and "paint" in text for text in texts),
-        "a call behind a text": any(said and calls for _, _, said, calls, *_ in choices),
+        "a call after a text": any(said and calls for _, _, said, calls, *_ in choices),
         "thoughts": any(thought for _, thought, *_ in choices),
         "a schema": any("corners" in text for text in texts),
-        "log-probabilities": any(got.logprobs for got in streams),
+        "logprobs": any(got.logprobs for got in streams),
         "several choices": any(text.count('"stop"') + text.count('"length"') > 1 for text in texts),
     }.items():
         if not seen:

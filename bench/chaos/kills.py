@@ -22,7 +22,7 @@ _FEATURES: Final = Layout(features=True)
 
 
 def _victims(blow: Blow, count: int) -> list[ManagedProcess]:
-    """Up to `count` workers that have work."""
+    """Up to `count` ready workers."""
     ready = blow.stage.ready_workers()
     blow.random.shuffle(ready)
     return [blow.stage.workers[name] for name in ready[:count]]

@@ -1,12 +1,11 @@
-"""A soak test with every feature, and the memory of each process: `python -m bench.chaos --soak
-60`.
+"""A soak test with every feature that watches memory: `python -m bench.chaos --soak 60`.
 
-A few callers ask the gateways for answers with every feature, one after the other. Meanwhile other
-callers leave in the middle, send requests that are refused, and come and go. Every answer is
+A few callers ask the gateways for answers with every feature, one after another. Meanwhile other
+callers leave in the middle of an answer or send requests that are refused. Every answer is
 compared with the first answer to the same request. The anonymous memory of each process is sampled
 throughout (file-backed pages come and go as the system needs them, and would hide a leak). *Flat*
-means that it is no higher in the last sixth of the time than in the second (in the first, the
-allocator grows), up to `ALLOWED_MIB` and `ALLOWED_SHARE`.
+means that in the last sixth of the time it is higher than in the second by at most `ALLOWED_MIB`
+and `ALLOWED_SHARE` (in the first sixth, the allocator still grows).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from tests.support.faults import engine_of
 from tests.support.reader import Got
 
 LANES: Final = 36
-"""How many different requests: six kinds, each with the base model and both adapters."""
+"""How many different requests: four of each kind, which together use all three models."""
 TOKENS: Final = 40
 CALLERS: Final = 3
 PAUSE_S: Final = 0.5
@@ -71,7 +70,7 @@ class Memory:
 
 
 class Soak:
-    """The run. `begin_s` is the monotonic time from which samples count."""
+    """One run of the soak test."""
 
     def __init__(self, stage: Stage, minutes: float, seed: int) -> None:
         self._stage = stage
@@ -85,7 +84,7 @@ class Soak:
         self.memory: dict[str, Memory] = {}
 
     def run(self) -> None:
-        """Send requests the whole time; raises `RuntimeError` if a process ended."""
+        """Send requests the whole time. Raises `RuntimeError` if a process ended."""
         with ThreadPoolExecutor(CALLERS) as pool:
             self._reference = dict(enumerate(pool.map(self._read, range(LANES))))
         for lane, got in self._reference.items():
@@ -156,7 +155,7 @@ class Soak:
         self._count("left")
 
     def _be_refused(self, rng: random.Random) -> None:
-        """Requests that are wrong, each in its own way."""
+        """Send one of several kinds of invalid request."""
         _, body = request_of(rng.randrange(LANES), TOKENS)
         noise = {f"k{rng.randrange(10**9)}": 1}
         path, sent = rng.choice(
@@ -177,7 +176,7 @@ class Soak:
         finally:
             connection.close()
         self._count("refused")
-        # A stream that waits for its first event has sent its status before its error.
+        # A stream sends its status before its first event, which may be an error.
         late = status == 200 and b'"error"' in answer
         if not 400 <= status < 500 and not late:
             self._note(f"{path} with {sent[:80]} was answered with {status}")
@@ -194,7 +193,7 @@ class Soak:
             self.wrong.append(what)
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """By process."""
+        """The memory of each process."""
         return {name: memory.row(self._whole_s) for name, memory in self.memory.items()}
 
 
@@ -210,7 +209,7 @@ def _pids(stage: Stage) -> dict[str, int]:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table as in CHAOS.md."""
+    """The table for CHAOS.md."""
     lines = ["| process | " + " | ".join(f"sixth {n}, MiB" for n in range(1, 7)) + " | grown | |"]
     lines.append("| --- |" + " ---: |" * 7 + " --- |")
     for name, row in rows.items():
@@ -221,7 +220,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def soak(minutes: float, seed: int) -> tuple[dict[str, Any], bool]:
-    """Run the soak and print its table; returns its result, and whether all promises were kept."""
+    """Run the soak test and print its table; return its result, and whether it passed."""
     with Stage(Layout(workers=2, features=True)) as stage:
         run = Soak(stage, minutes, seed)
         run.run()

@@ -1,8 +1,7 @@
-"""The bus that `bench.chaos` breaks: brokers, workers, gateways and readers as processes, with
-proxies in between.
+"""The bus that `bench.chaos` breaks: processes, with proxies in between.
 
-It starts, watches and heals the bus. The faults are in `faults`, and what they must not change in
-`judge`.
+This module starts, watches and heals the bus. The faults are in `faults`, and what they must not
+change is in `judge`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ READ_S: Final = 300.0
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of a stage."""
+    """How a stage is built."""
 
     workers: int = 3
     brokers: int = 1
@@ -44,7 +43,7 @@ class Layout:
     proxied: bool = False
     #: No process can write a log line: output goes to a full device.
     full_disk: bool = False
-    #: The broker's limit of file descriptors; None for as many as it asks for.
+    #: The broker's file descriptor limit; None for as many as it asks for.
     descriptors: int | None = None
     #: Workers serve the demo model with adapters, and two gateways serve the bus.
     features: bool = False
@@ -93,7 +92,7 @@ class Stage(LocalBus):
         self.wait_healthy()
 
     def stop(self) -> None:
-        """End every process, the readers too, and remove the folder."""
+        """Stop every process, readers included, and remove the folder."""
         self.end_readers()
         super().stop()
         self._stack.close()
@@ -101,7 +100,7 @@ class Stage(LocalBus):
     # --- processes --------------------------------------------------------------------------------
 
     def command(self, module: str, *arguments: str) -> list[str]:
-        """The command line of a program; a broker's sets its limit of descriptors."""
+        """The command line of a program; that of a broker sets its descriptor limit."""
         command = super().command(module, *arguments)
         if module != "broker" or self.layout.descriptors is None:
             return command
@@ -109,7 +108,7 @@ class Stage(LocalBus):
         return ["sh", "-c", limited, "sh", *command]
 
     def add_worker(self, name: str) -> ManagedProcess:
-        """Start a worker, or another one in its place; does not wait."""
+        """Start a worker, or another one in its place, without waiting for it."""
         brokers = [self.back_proxy.address] if self.back_proxy else None
         options = ["--drain-s", "0.5"]
         if self.layout.features:
@@ -133,7 +132,7 @@ class Stage(LocalBus):
         return [f"http://127.0.0.1:{port}" for port in self._gateway_ports]
 
     def add_gateway(self, index: int) -> Gateway:
-        """Start a gateway, or another one in its place; returns once it listens."""
+        """Start a gateway, or another one in its place; return once it listens."""
         urls = self.gateway_urls
         peers = ",".join(url for url in urls if url != urls[index])
         port = self._gateway_ports[index]
@@ -160,8 +159,10 @@ class Stage(LocalBus):
         return process
 
     def report_of(self, reader: Process) -> list[Got]:
-        """Wait for a reader to end and return what it got. Raises `ProcessFailed` with its last
-        lines."""
+        """Wait for a reader to end and return what it got.
+
+        Raises `ProcessFailed` with its last lines.
+        """
         line = reader.wait_line(r'^\{"streams"', READ_S).string
         reader.stop()
         self._readers.remove(reader)
@@ -201,8 +202,10 @@ class Stage(LocalBus):
         return [row["name"] for row in self.rows() if row["state"] == "ready"]
 
     def wait_healthy(self, enough: int | None = None) -> None:
-        """Wait until every worker is ready with all its slots free, so that nothing leaked. With
-        `enough`, wait until that many are, while the others may still load."""
+        """Wait until every worker is ready with all its slots free, so that nothing leaked.
+
+        With `enough`, wait until that many are, while others may still load.
+        """
         names = set(self.workers)
 
         def idle(row: dict[str, Any]) -> bool:

@@ -1,5 +1,8 @@
-"""Shared by all benchmarks: `samples` (statistics), `processes` (with their CPU clocks) and
-`reports` (options, tables, plots). Contains no measurement of its own."""
+"""What all benchmarks share; contains no measurement of its own.
+
+`samples`: statistics; `processes`: processes and their CPU clocks; `reports`: options, tables,
+plots.
+"""
 
 from bench.common.processes import (
     ONE_THREAD,

@@ -108,7 +108,7 @@ def endpoints(transport: str) -> Iterator[tuple[str, str]]:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds of a process, user and system, of all its threads including ended ones.
+    """User and system CPU seconds of all threads of a process, ended ones included.
 
     On Linux, another process's clock has nanosecond resolution; `/proc` counts in ticks of 10 ms,
     too coarse for a run of a second.
@@ -127,7 +127,7 @@ def family_cpu_s(pid: int) -> float:
 
 
 def wakes(pid: int) -> int:
-    """How often threads of a process that had gone to sleep were woken up, so far (Linux)."""
+    """How often sleeping threads of a process have been woken up so far (Linux)."""
     total = 0
     for status in Path(f"/proc/{pid}/task").glob("*/status"):
         # A thread may end meanwhile.

@@ -67,8 +67,10 @@ def _names(text: str) -> frozenset[str]:
 
 
 def output(text: str) -> str:
-    """A file to write, or `-` for standard output (an argparse type). Checked before the
-    measurement, which takes minutes."""
+    """A file to write, or `-` for standard output (an argparse type).
+
+    Checked before the measurement, which takes minutes.
+    """
     if text != "-" and not os.access(Path(text).resolve().parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written: make its folder first")
     return text
@@ -78,7 +80,7 @@ def _plot(text: str) -> str:
     if not text.endswith((".png", ".svg")):
         raise argparse.ArgumentTypeError(f"{text} is neither .png nor .svg")
     if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError(f"it needs matplotlib: {install_hint('bench')}")
+        raise argparse.ArgumentTypeError(f"plots need matplotlib: {install_hint('bench')}")
     return output(text)
 
 
@@ -157,8 +159,10 @@ class Report:
         against: Sample | float | None = None,
         **parameters: Any,
     ) -> Row:
-        """Add a figure; with `against` (the peer's figure), its ratio is computed. Parameters that
-        are None are left out."""
+        """Add a figure, and its ratio to `against`, the peer's figure, if that is given.
+
+        Parameters that are None are left out.
+        """
         known = {key: value for key, value in parameters.items() if value is not None}
         row = Row(name, _median(value), unit, peer=peer, parameters=known)
         if isinstance(value, Sample) and len(value.values) > 1:
@@ -267,8 +271,7 @@ def draw(path: str, title: str, fill: Callable[[Any], None]) -> None:
 def curves(
     figure: Any, rows: list[Row], name: str, x: str, label: str, *, y_label: str = ""
 ) -> None:
-    """Fill a figure with one curve for each value of parameter `label`, beside the peers'
-    curves."""
+    """Fill a figure with one curve for each value of parameter `label`, ours and the peers'."""
     axes = figure.subplots()
     lines: dict[str, dict[float, float]] = {}
     for row in rows:

@@ -1,5 +1,4 @@
-"""Runs of a case, interleaved with those of its peers, and their statistics: median, noise,
-percentiles."""
+"""Runs of a case, interleaved with those of its peers, and their statistics."""
 
 from __future__ import annotations
 
@@ -13,8 +12,10 @@ __all__ = ["Measured", "Sample", "interleave", "percentile", "progress"]
 
 
 def progress(text: str) -> None:
-    """Show what is being measured, on one line of the terminal that the next call overwrites.
-    Writes nothing if standard error is a file or a pipe. An empty text clears the line."""
+    """Show what is being measured, on a line of the terminal that the next call overwrites.
+
+    An empty text clears the line. Writes nothing if standard error is a file or a pipe.
+    """
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()
