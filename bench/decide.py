@@ -1,21 +1,22 @@
-"""Decisions: typed questions about a state a second, beside `transformers serve` on the same model.
+"""Decisions: questions per second, beside `transformers serve` on the same model.
 
     python -m bench.decide --quick
     python -m bench.decide --size 32m --questions 8,64 --only several,image
 
-Our bus (client library) and our gateway (`/v1/systemone`) in front of one worker, and `transformers
-serve`, which answers one question after the other; all with the same folder, dtype and threads, in
-one run, in turn. Every request is new in every round, so that nobody answers from an earlier one.
-The peer is asked a few of them: its rate does not depend on how many wait.
+Our bus (client library) and our gateway (`/v1/systemone`) in front of one worker take turns with
+`transformers serve`, which answers one question after another; all have the same model, dtype and
+threads. Every request is new in every round, so that no system can reuse an earlier answer. The
+peer gets only some of them: its rate does not depend on how many wait.
+
 Cases (`--only` selects):
 
 * several: each client asks its questions about a state of its own.
 * same: all clients ask their own questions about one state.
-* single: one question about a state of its own: what batching alone gives.
-* image: as several, with an image in the state.
+* single: one question about a state of its own, which shows the gain of batching alone.
+* image: like several, with an image in the state.
 
-Answers are compared: lost are requests without one, altered those that differ from the peer's by
-more than rounding explains. The ratio stands last.
+Answers are compared: *lost* questions have no answer, *altered* ones differ from the peer's by more
+than rounding explains. The last column is the ratio.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ from bench.systems import Unavailable, bus_servers
 
 CASES = ("several", "same", "single", "image")
 ROUNDING = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.02}
-"""Largest difference of a probability that the order of additions explains, by dtype; what float32
-shows is the promise, the others follow from the bits of their mantissa."""
+"""Largest difference of a probability that the order of additions explains, by dtype. The promise
+is made for float32; the other values follow from the bits of the mantissa."""
 ANSWER_S = 600.0
 """Longest wait for one answer: a peer that answers one by one keeps the last client waiting."""
 TEMPLATE = (
@@ -80,7 +81,7 @@ SIDE = 640
 """Pixels of an image's longer side, as it is sent."""
 
 
-# --- what is asked --------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Asked:
     images: dict[str, bytes] = field(default_factory=dict)
 
     def body(self, model: str) -> dict[str, Any]:
-        """As `/v1/systemone` takes it."""
+        """The body of `/v1/systemone`."""
         assets = {
             name: {
                 "type": "image",
@@ -107,14 +108,14 @@ class Asked:
 
 
 class Writer:
-    """Writes requests of English words, other ones for each seed."""
+    """Makes requests of English words, different for each seed."""
 
     def __init__(self, words: Sequence[str], state_words: int) -> None:
         self._words = words
         self._state_words = state_words
 
     def text(self, choose: random.Random, words: int) -> str:
-        """A piece of the documents that the words come from."""
+        """Consecutive words of the documents."""
         start = choose.randrange(len(self._words) - words)
         return " ".join(self._words[start : start + words])
 
@@ -165,19 +166,19 @@ def _image(choose: random.Random) -> bytes:
 
 
 def documents() -> str:
-    """English text that is at hand: the guides of this project."""
+    """English text that is always available: the guides of this project."""
     return "\n".join(path.read_text() for path in sorted(ROOT.rglob("*.md")))
 
 
 LABELS = "Yes\nNo\n" * 1000
-"""So often that a tokenizer learns each as one token, which a label must be."""
+"""Repeated so often that the tokenizer learns each as one token, as labels must be."""
 
 
-# --- who is asked ---------------------------------------------------------------------------------
+# --- systems --------------------------------------------------------------------------------------
 
 
 Answers = dict[str, list[float]]
-"""Of each question: the probability of true, or of every allowed answer, in order."""
+"""By question: the probability of true, or those of all allowed answers, in order."""
 
 
 class System(Protocol):
@@ -203,7 +204,7 @@ class Bus:
 
 
 class Http:
-    """`POST /v1/systemone`, by the cheapest client there is."""
+    """`POST /v1/systemone`, by the cheapest possible client."""
 
     def __init__(self, port: int, model: str) -> None:
         self._port = port
@@ -267,17 +268,17 @@ PEER = "transformers_serve"
 
 @dataclass
 class Seen:
-    """What one system did in one round."""
+    """The results of one system in one round."""
 
     questions_per_s: float
     latency_ms: float
-    #: Of each request; None where there was none.
+    #: The answers of each request; None if it failed.
     answers: list[Answers | None]
     fault: str = ""
 
 
 async def run(system: System, requests: Sequence[Asked], clients: int) -> Seen:
-    """All requests, asked by so many clients, each with one at a time."""
+    """Send all requests from `clients` clients, each with one at a time."""
     answers: list[Answers | None] = [None] * len(requests)
     took_ms: list[float] = []
     faults: list[str] = []
@@ -336,14 +337,14 @@ async def measure(arguments: argparse.Namespace, report: Report, folder: Folder)
             seen: dict[str, list[Seen]] = {name: [] for name in systems}
             faults = dict.fromkeys(systems, 0)
             wrong = dict.fromkeys(systems, 0)
-            # What each does only once comes before the first round.
+            # A short run first, for one-time work.
             for system in systems.values():
                 await run(system, writer.requests(case, 2, 2, seed=-1), 2)
             for round_ in range(min(repeats(arguments), 3)):
                 asked: dict[str, list[Asked]] = {}
                 for name in systems:
                     progress(f"{case}: {name}, round {round_ + 1}")
-                    # Ours share a prefix cache, so neither may ask what the other has asked.
+                    # Bus and gateway share a prefix cache, so they must not send the same requests.
                     seed = 2 * round_ + (name == "gateway")
                     requests = writer.requests(case, count, asked_of, seed)
                     asked[name] = requests[:few] if name == PEER else requests
@@ -352,7 +353,7 @@ async def measure(arguments: argparse.Namespace, report: Report, folder: Folder)
                     if fault := seen[name][-1].fault:
                         report.note(f"{case}, {name}: {fault}")
                 if PEER in systems:
-                    # It was asked what the bus was asked.
+                    # The peer got the same requests as the bus; those of the gateway follow.
                     again = asked["gateway"][: arguments.compared]
                     right = {
                         "bus": seen[PEER][-1].answers,
@@ -366,7 +367,7 @@ async def measure(arguments: argparse.Namespace, report: Report, folder: Folder)
 
 
 def _loads(arguments: argparse.Namespace) -> list[tuple[str, int]]:
-    """The cases, each with the questions of a request."""
+    """The cases, each with its number of questions per request."""
     counts = arguments.questions
     usual = counts[len(counts) // 2]
     of = {"several": counts, "same": [usual], "single": [1], "image": [usual]}
@@ -410,7 +411,7 @@ def _add(
 
 @contextlib.contextmanager
 def saved(arguments: argparse.Namespace) -> Iterator[Folder]:
-    """The model on disk: it sees images and has a tokenizer of English words."""
+    """A vision-language model on disk, with a tokenizer of English words."""
     shape = SIZES[arguments.size]
     model, processor = build_vision(
         shape, torch.device("cpu"), spoken_tokenizer(shape.vocabulary - 1, documents() + LABELS)
@@ -425,27 +426,34 @@ def _cases(text: str) -> list[str]:
     chosen = list(filter(None, text.split(",")))
     if unknown := [name for name in chosen if name not in CASES]:
         raise argparse.ArgumentTypeError(
-            f"no case is named {unknown[0]!r}: choose of {', '.join(CASES)}"
+            f"there is no case {unknown[0]!r}: choose from {', '.join(CASES)}"
         )
     return chosen
 
 
 def main() -> None:
-    parser = options("decisions: questions a second, beside `transformers serve`")
-    parser.add_argument("--only", type=_cases, metavar="LIST", help=f"of: {', '.join(CASES)}")
+    parser = options("decisions: questions per second, beside `transformers serve`")
+    parser.add_argument("--only", type=_cases, metavar="LIST", help=f"some of: {', '.join(CASES)}")
     parser.add_argument("--size", choices=tuple(SIZES), default="3m", help="the language model")
     parser.add_argument("--dtype", choices=tuple(ROUNDING), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--clients", type=int, default=32, help="requests at once")
-    parser.add_argument("--requests", type=int, help="of a round; default: one of each client")
-    parser.add_argument("--peer-requests", type=int, default=8, help="of these, to the peer")
     parser.add_argument(
-        "--questions", type=integers, default=[16], help="of each request; at most 64"
+        "--requests", type=int, help="requests per round; default: one from each client"
+    )
+    parser.add_argument(
+        "--peer-requests", type=int, default=8, help="how many of these the peer gets"
+    )
+    parser.add_argument(
+        "--questions", type=integers, default=[16], help="questions of each request; at most 64"
     )
     parser.add_argument("--state", type=int, default=800, help="words of a state")
     parser.add_argument(
-        "--compared", type=int, default=2, help="of the gateway's, asked again of the peer"
+        "--compared",
+        type=int,
+        default=2,
+        help="how many of the gateway's requests the peer gets too, to compare answers",
     )
     parser.set_defaults(repeats=1)  # a round takes a quarter of an hour
     arguments = parser.parse_args()

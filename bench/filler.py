@@ -1,14 +1,15 @@
 """A batch that fills idle slots: what people notice of it, and how much of the idle time it gets.
 
-People ask at random times (Poisson), about a third of the slots' time. Beside them runs nothing, or
-a batch of long answers at a low priority that would fill everything. Measured are the people's time
-to first token with and without it, and the batch's tokens as a share of those that the slots could
-have made while nobody used them. Echo engine: each step of all streams takes `--step-ms`.
+People ask at random times (Poisson) and use about a third of the slots' time. Beside them runs
+nothing, or a batch of long answers at a low priority that could fill all slots. Measured are the
+time to first token of the people with and without the batch, and the batch's tokens as a share of
+those that the slots could have generated while nobody used them. Echo engine: each step takes
+`--step-ms`, however many streams there are.
 
-Runs with and without the batch take turns, and the percentiles are of all people of all runs: a
-99th percentile of one run's 70 people would be its slowest. Its ratio comes with the interval in
-which nineteen of twenty such measurements lie (bootstrap over the people), and is worth something
-from some thousand people on: `--repeats 10 --seconds 90`, half an hour.
+Runs with and without the batch take turns, and the percentiles are over the people of all runs: the
+99th percentile of the 70 people of one run would be the slowest of them. The ratio comes with its
+95 % interval (bootstrap over the people), and is meaningful from about a thousand people on:
+`--repeats 10 --seconds 90`, half an hour.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ RESAMPLED = 500
 
 @dataclass
 class Seen:
-    """What one run showed."""
+    """The results of one run."""
 
     first_token_s: list[float] = field(default_factory=list)
     person_slot_s: float = 0.0
@@ -93,7 +94,7 @@ async def line(client: AsyncClient, number: int, seen: Seen) -> None:
 
 
 async def batch(client: AsyncClient, seen: Seen) -> None:
-    """Lines without end, twice as many as there are slots."""
+    """Ask for lines without end, twice as many at a time as there are slots."""
 
     async def worker(first: int) -> None:
         for number in range(first, 1 << 30, 2 * SLOTS):
@@ -105,7 +106,7 @@ async def batch(client: AsyncClient, seen: Seen) -> None:
 
 
 async def run(front: str, with_batch: bool, seconds: float, step_ms: float, seed: int) -> Seen:
-    """One run of so many seconds, after the batch has filled the slots."""
+    """One run of this many seconds, which begins after the batch has filled the slots."""
     rng = random.Random(seed)
     answer_s = (PREFILL_MS + PERSON_TOKENS * step_ms) / 1000
     rate = LOAD * SLOTS / answer_s
@@ -132,10 +133,10 @@ async def run(front: str, with_batch: bool, seconds: float, step_ms: float, seed
 
 
 def figures(seen: Seen, took_s: float, with_batch: bool) -> dict[str, float]:
-    """Of one run."""
+    """The figures of one run."""
     found: dict[str, float] = {"people": len(seen.first_token_s)}
     if with_batch:
-        # The mean: a busy machine makes some steps longer, for everybody.
+        # The mean, since a busy machine makes some steps longer for everybody.
         step_s = statistics.fmean(seen.step_s)
         idle_s = SLOTS * took_s - seen.person_slot_s
         found["share"] = seen.batch_tokens * step_s / idle_s
@@ -155,7 +156,7 @@ def interval(mine: list[float], others: list[float], share: float) -> tuple[floa
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """With and without the batch, in turn."""
+    """Measure with and without the batch, in turn."""
     report = Report(f"a batch beside people, {SLOTS} slots of the echo engine")
     seen: dict[bool, dict[str, list[float]]] = {False: {}, True: {}}
     first_token_s: dict[bool, list[float]] = {False: [], True: []}
@@ -208,8 +209,12 @@ def measure(arguments: argparse.Namespace) -> Report:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run and report."""
     parser = options("A saturating batch at a low priority beside people who ask at random times.")
-    parser.add_argument("--seconds", type=float, default=None, help="of each run [60; quick: 10]")
-    parser.add_argument("--step-ms", type=float, default=20.0, help="of a step of the engine [20]")
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="seconds of each run [60; quick: 10]"
+    )
+    parser.add_argument(
+        "--step-ms", type=float, default=20.0, help="milliseconds of an engine step [20]"
+    )
     arguments = parser.parse_args(argv)
     arguments.seconds = arguments.seconds or (10.0 if arguments.quick else 60.0)
     measure(arguments).finish(arguments)

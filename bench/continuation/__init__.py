@@ -1,1 +1,1 @@
-"""Do streams survive a kill, and are they the same? For any OpenAI-compatible deployment."""
+"""Do streams survive a kill unaltered? For any OpenAI-compatible deployment."""

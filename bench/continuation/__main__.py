@@ -1,4 +1,4 @@
-"""Do streams survive a kill, and are they the same? `python -m bench.continuation --help`."""
+"""Do streams survive a kill unaltered? `python -m bench.continuation --help`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from bench.continuation.deployments import NAMES, Missing, started
 from bench.continuation.features import FEATURES
 from bench.continuation.measure import Row, Settings, first_model, measure, wait_served
 
-DESCRIPTION = """Asks a deployment of OpenAI's API for streams, kills what it is told to in the
-middle of them, and counts the answers that were lost, doubled or altered, beside the answer that
-the same request has undisturbed. The client is an ordinary one: it never reconnects."""
+DESCRIPTION = """Asks a deployment of OpenAI's API for streams, kills a part of it in the middle of
+them, and counts the answers that were lost, doubled or altered, compared with the undisturbed
+answer to the same request. The client is an ordinary one: it never reconnects."""
 EPILOG = """outcomes of the answers that ran when something was killed:
-  whole     the answer that came undisturbed, to the last log probability
+  whole     the same as the undisturbed answer, to the last logprob
   lost      it broke off, or ended with an error
   doubled   a part of it came twice
-  altered   it ended as if nothing had happened, and is another answer, or a part of one
+  altered   it ended as if nothing had happened, but is another answer or a part of one
 
-A feature whose answer is not the same twice undisturbed is not counted; the table says so.
+A feature whose undisturbed answer differs from run to run is not counted; the table says so.
 
-exit status: 0 all whole, 1 some not, 2 the deployment cannot be measured
+exit status: 0 all are whole, 1 some are not, 2 the deployment cannot be measured
 
 examples:
   python -m bench.continuation --deployment ours
@@ -47,39 +47,57 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     which = made.add_mutually_exclusive_group(required=True)
-    which.add_argument("--base-url", metavar="URL", help="of any deployment, up to /v1")
-    which.add_argument("--deployment", choices=NAMES, help="one that is started here")
+    which.add_argument("--base-url", metavar="URL", help="address of any deployment, up to /v1")
+    which.add_argument("--deployment", choices=NAMES, help="a deployment that is started here")
     made.add_argument("--kill", metavar="COMMAND", help="shell command that kills, with --base-url")
     made.add_argument("--restore", metavar="COMMAND", help="shell command that starts it again")
     made.add_argument(
-        "--settle", type=float, default=60.0, metavar="S", help="longest wait after it [60 s]"
+        "--settle",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="longest wait until it serves again [60 s]",
     )
-    made.add_argument("--model", help="[the first that the deployment lists]")
+    made.add_argument("--model", help="model to ask [the first that the deployment lists]")
     made.add_argument("--api-key", default="", metavar="KEY")
     made.add_argument(
         "--features",
         default=",".join(FEATURES),
         metavar="LIST",
-        help=f"of {', '.join(FEATURES)} [all]",
+        help=f"some of {', '.join(FEATURES)} [all]",
     )
-    made.add_argument("--rounds", type=int, default=3, metavar="N", help="kills each [3]")
-    made.add_argument("--streams", type=int, default=4, metavar="N", help="at a time [4]")
-    made.add_argument("--tokens", type=int, default=160, metavar="N", help="of an answer [160]")
-    made.add_argument("--seed", type=int, default=1, metavar="N", help="of requests, kills [1]")
-    made.add_argument("--timeout", type=float, default=120.0, metavar="S", help="silence [120 s]")
+    made.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="kills for each feature [3]"
+    )
+    made.add_argument("--streams", type=int, default=4, metavar="N", help="streams at a time [4]")
+    made.add_argument(
+        "--tokens", type=int, default=160, metavar="N", help="tokens of an answer [160]"
+    )
+    made.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="seed of requests and kills [1]"
+    )
+    made.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="longest silence of a stream [120 s]",
+    )
     made.add_argument(
         "--extra",
         type=json.loads,
         metavar="JSON",
-        help="fields for requests of open length, such as "
-        '{"ignore_eos": true}; [with --deployment: min_tokens]',
+        help="more fields for requests of open length, such as "
+        '{"ignore_eos": true} [with --deployment: min_tokens]',
     )
-    made.add_argument("--json", metavar="FILE", help="a line for each feature; - for here")
+    made.add_argument(
+        "--json", metavar="FILE", help="write a line for each feature; - for standard output"
+    )
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
+    """Run; return the exit status."""
     options = parser().parse_args(arguments)
     features = [name.strip() for name in options.features.split(",") if name.strip()]
     if unknown := set(features) - FEATURES.keys():
@@ -149,7 +167,7 @@ def _prepared(
 
 
 def table(name: str, rows: Sequence[Row]) -> str:
-    """In Markdown."""
+    """The results as a Markdown table."""
     head = ["feature", "struck", *(outcome.value for outcome in Outcome), "what was seen"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows:
@@ -161,7 +179,8 @@ def table(name: str, rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    # Unwind on SIGTERM, so that all processes are stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
-"""Reads streamed answers as an ordinary client does, and compares one with what it should be.
+"""Reads streamed answers as an ordinary client does, and compares them with the right answer.
 
-A client here never reconnects and never asks again: what a deployment does about a failure is its
-own affair.
+A client here never reconnects and never asks again: it is up to the deployment to survive a
+failure.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from bench.chaos.features import Heard, same_logprobs
 
 
 class Outcome(StrEnum):
-    """What became of an answer that was running when something was killed."""
+    """The outcome of an answer that was running when something was killed."""
 
     WHOLE = "whole"
     #: It broke off, or ended with an error.
     LOST = "lost"
     #: A part of it came twice.
     DOUBLED = "doubled"
-    #: It ended as if nothing had happened, and is another answer, or a part of one.
+    #: It ended as if nothing had happened, but is another answer or a part of one.
     ALTERED = "altered"
 
 
@@ -34,14 +34,14 @@ class Answer:
     """One answer as it was read."""
 
     heard: Heard = field(default_factory=Heard)
-    #: Why it is not complete; empty where `[DONE]` came.
+    #: Why it is not complete; empty if `[DONE]` came.
     broken: str = ""
-    #: HTTP status of a request that was refused.
+    #: HTTP status if the request was refused.
     status: int = 0
 
     @property
     def chunks(self) -> int:
-        """Events so far."""
+        """How many chunks have come so far."""
         return self.heard.chunks
 
 
@@ -54,7 +54,7 @@ def read(
     answer: Answer,
     on_chunk: Callable[[], None],
 ) -> None:
-    """Read one answer to its end, whichever it is."""
+    """Read one answer until it ends or breaks off."""
     place = urlsplit(url)
     make = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
     connection = make(place.netloc, timeout=timeout_s)
@@ -85,7 +85,7 @@ def read(
 
 
 def judge(right: Heard, answer: Answer) -> tuple[Outcome, str]:
-    """Compare with the answer that nothing disturbed. The second part says what is wrong."""
+    """Compare an answer with the undisturbed one; the second value says what is wrong."""
     if answer.broken:
         return Outcome.LOST, answer.broken
     wanted, got = right.flows(), answer.heard.flows()
@@ -114,22 +114,22 @@ def _difference(index: int, right: str, got: str) -> tuple[Outcome, str]:
     where = f"choice {index} at character {at} of {len(right)}"
     if not rest:
         return Outcome.ALTERED, f"{where}: it ends there"
-    # What follows is a part that had come before, and then the rest.
+    # Doubled: what follows repeats an earlier part.
     for begin in range(at):
         if right.startswith(rest[: min(len(rest), 24)], begin) and len(rest) >= 8:
             return Outcome.DOUBLED, f"{where}: it goes on from character {begin} again"
-    return Outcome.ALTERED, f"{where}: {rest[:30]!r} in the place of {right[at : at + 30]!r}"
+    return Outcome.ALTERED, f"{where}: {rest[:30]!r} instead of {right[at : at + 30]!r}"
 
 
 def _details(right: Heard, got: Heard) -> tuple[Outcome, str]:
-    """Texts and ends are equal; is everything else?"""
+    """Compare everything else, given that texts and finish reasons are equal."""
     if len(got.token_ids) > len(right.token_ids):
         return (
             Outcome.DOUBLED,
-            f"{len(got.token_ids)} log probabilities, not {len(right.token_ids)}",
+            f"{len(got.token_ids)} logprobs, not {len(right.token_ids)}",
         )
     if got.token_ids != right.token_ids or not same_logprobs(right.logprobs, got.logprobs):
-        return Outcome.ALTERED, "other log probabilities"
+        return Outcome.ALTERED, "different logprobs"
     if got.usage != right.usage:
         return Outcome.ALTERED, f"usage {got.usage}, not {right.usage}"
     return Outcome.WHOLE, ""

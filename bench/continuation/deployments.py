@@ -1,8 +1,8 @@
-"""Deployments that the measure can start itself: our bus, and routers of others before servers.
+"""Deployments that the benchmark can start itself: our bus, and other projects' routers.
 
-Ours is a broker with three workers behind one gateway; a worker is killed. A router stands before
-two servers, each of them a whole bus of ours with one worker (a server of the same model that keeps
-seeds and takes every feature); the server that runs the streams is killed.
+Ours is a broker with three workers behind one gateway; a worker is killed. A router stands in front
+of two servers, each of them a whole bus of ours with one worker, so that both serve the same model,
+honour seeds and support every feature; the server that runs the streams is killed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Missing(Exception):
 
 @dataclass
 class Deployment:
-    """What the measure needs of one."""
+    """What the benchmark needs to know of a deployment."""
 
     base_url: str
     model: str
 
     def kill(self) -> None:
-        """Kill what runs the streams."""
+        """Kill the process that runs the streams."""
         raise NotImplementedError
 
     def restore(self) -> None:
@@ -47,7 +47,7 @@ class Deployment:
 
 
 def _busiest(bus: LocalBus) -> str:
-    """The worker with the most running requests; the first if none runs any."""
+    """The worker with the most running requests; the first one if the broker does not answer."""
     until_s = time.monotonic() + KILL_WAIT_S
     while True:
         rows = bus.rows()
@@ -59,7 +59,7 @@ def _busiest(bus: LocalBus) -> str:
 
 
 class Ours(Deployment):
-    """The bus."""
+    """Our bus."""
 
     def __init__(self, folder: Path) -> None:
         self._bus = LocalBus(folder, start_s=START_S, stop_s=0)
@@ -118,7 +118,7 @@ class _Server:
         return sum(row["running"] for row in self._bus.rows()) if self._bus is not None else 0
 
     def kill(self) -> None:
-        """All its processes at once, the gateway first: the router's connections break."""
+        """Kill all its processes, the gateway first, so that the router's connections break."""
         bus = self._bus
         if bus is not None:
             for process in (*(gateway.process for gateway in bus.gateways), *bus.processes):
@@ -128,7 +128,7 @@ class _Server:
 
 
 class Routed(Deployment):
-    """A router of others before two servers."""
+    """Another project's router in front of two servers."""
 
     def __init__(self, name: str, folder: Path) -> None:
         python = ROUTERS / name / ".venv" / "bin" / "python"
@@ -165,7 +165,7 @@ class Routed(Deployment):
             options = ["--policy", "round_robin", "--retry-max-retries", "5"]
             metrics = ["--prometheus-port", str(_free_port())]
             return [run, "launch", "--worker-urls", first, second, *options, *metrics, *place]
-        # The router's answer to a stream that breaks is a fallback to another model group.
+        # LiteLLM's remedy for a stream that breaks is a fallback to another model group.
         config = folder / "litellm.yaml"
         groups = [
             {

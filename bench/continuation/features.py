@@ -1,7 +1,7 @@
-"""Requests of the measure: one feature each, in fields that OpenAI's API has.
+"""Requests of the benchmark: one feature each, in fields that OpenAI's API has.
 
-Every request is greedy or has a seed, so that a deployment that keeps its word answers it the same
-each time. What has no natural length asks for lists that take a while.
+Every request is greedy or has a seed, so that a deployment that honours seeds gives the same answer
+each time. Schemas and tools ask for long lists, which take a while to answer.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ FEATURES: Final[dict[str, Callable[[int], tuple[str, dict[str, Any]]]]] = {
     "image": _with_image,
     "completion": _completion,
 }
-"""Name to a request with this seed: path and body."""
+"""By name: makes a request with a seed, as path and body."""
 STOP_AT: Final = 0.8
-"""Where in its text the feature `stop` ends, as a part of the answer without it."""
+"""Where the feature `stop` cuts its text, as a fraction of the answer without the stop string."""
 
 
 def stop_in(text: str) -> str:
-    """A stop string that occurs in this answer, late and for the first time; empty if none does."""
+    """A stop string that first occurs late in this answer; empty if there is none."""
     for begin in range(int(len(text) * STOP_AT), len(text) - 6):
         if text.index(text[begin : begin + 6]) == begin:
             return text[begin : begin + 6]
@@ -98,12 +98,11 @@ def stop_in(text: str) -> str:
 
 
 LONG: Final = frozenset(("schema", "tools"))
-"""Their length is in what they ask for; they need more tokens than the others, and end by
-themselves."""
+"""Features whose answers end by themselves, but need more tokens than the others."""
 
 
 def request(feature: str, model: str, tokens: int, seed: int, extra: dict[str, Any]) -> Any:
-    """Path and body of a streamed request. `extra` goes into those whose length is open."""
+    """Path and body of a streamed request; `extra` is added to those whose length is open."""
     path, body = FEATURES[feature](seed)
     common = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     if feature in LONG:

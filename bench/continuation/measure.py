@@ -1,4 +1,4 @@
-"""The measure itself: an undisturbed answer, then streams during which something is killed."""
+"""The measurement: an undisturbed answer, then streams during which something is killed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from bench.continuation.answers import Answer, Outcome, judge, read
 from bench.continuation.features import request, stop_in
 
 EARLIEST, LATEST = 0.15, 0.6
-"""Where in its answer a stream is when something is killed, as a part of the chunks that it has."""
+"""How far a stream has come when something is killed, as a fraction of its chunks."""
 LOOK_S: Final = 0.005
 
 
 @dataclass
 class Settings:
-    """Of a run."""
+    """The settings of a run."""
 
     base_url: str
     model: str
@@ -33,32 +33,32 @@ class Settings:
     streams: int = 4
     seed: int = 1
     timeout_s: float = 120.0
-    #: Further fields of requests whose length is open.
+    #: More fields for requests whose length is open.
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Row:
-    """What came of one feature."""
+    """The results of one feature."""
 
     feature: str
     #: Answers that ran when something was killed.
     struck: int = 0
     outcomes: Counter[Outcome] = field(default_factory=Counter)
-    #: What was wrong, at first sight of each.
+    #: The first few faults that were seen.
     seen: list[str] = field(default_factory=list)
     #: Why the feature was not measured.
     skipped: str = ""
 
     def as_json(self, deployment: str) -> str:
-        """One line."""
+        """The row as a line of JSON."""
         counts = {outcome.value: self.outcomes[outcome] for outcome in Outcome}
         facts = {"deployment": deployment, "feature": self.feature, "struck": self.struck, **counts}
         return json.dumps(facts | {"seen": self.seen, "skipped": self.skipped})
 
 
 def first_model(base_url: str, key: str) -> str:
-    """The first that the deployment lists."""
+    """The first model that the deployment lists."""
     asked = urllib.request.Request(base_url.rstrip("/") + "/models")
     if key:
         asked.add_header("authorization", f"Bearer {key}")
@@ -67,7 +67,7 @@ def first_model(base_url: str, key: str) -> str:
 
 
 def one(settings: Settings, feature: str) -> Answer:
-    """An answer that nothing disturbs."""
+    """Read an undisturbed answer."""
     answer = Answer()
     path, body = _request(settings, feature)
     read(settings.base_url, path, body, settings.key, settings.timeout_s, answer, lambda: None)
@@ -75,10 +75,10 @@ def one(settings: Settings, feature: str) -> Answer:
 
 
 def _with_stop(settings: Settings) -> Settings:
-    """The same, with a stop string that ends the feature's answer before its last token."""
+    """The settings with a stop string that ends the feature's answer before its last token."""
     flows = one(settings, "stop").heard.flows()
     stop = stop_in(flows[0][0][0]) if 0 in flows else ""
-    # The last field counts, so that it takes the place of the feature's own.
+    # `extra` comes last, so this replaces the feature's own stop string.
     return replace(settings, extra={**settings.extra, "stop": [stop]} if stop else settings.extra)
 
 
@@ -89,21 +89,21 @@ def _request(settings: Settings, feature: str) -> Any:
 def measure(
     settings: Settings, feature: str, kill: Callable[[], None], restore: Callable[[], None]
 ) -> Row:
-    """`kill` is called in mid-stream, once in each round; `restore` after the round."""
+    """Measure one feature: `kill` is called mid-stream in each round, and `restore` after it."""
     row = Row(feature)
     if feature == "stop":
         settings = _with_stop(settings)
     right, again = one(settings, feature), one(settings, feature)
     for answer in (right, again):
         if answer.broken:
-            row.skipped = f"not served undisturbed: {answer.broken}"
+            row.skipped = f"fails even undisturbed: {answer.broken}"
             return row
     outcome, what = judge(right.heard, again)
     if outcome is not Outcome.WHOLE:
-        row.skipped = f"not the same twice, undisturbed: {what}"
+        row.skipped = f"differs from run to run, undisturbed: {what}"
         return row
     if right.chunks < 8:
-        row.skipped = f"its answer has {right.chunks} chunks: nothing to strike in"
+        row.skipped = f"its answer has only {right.chunks} chunks: too short for a kill"
         return row
     draw = random.Random(f"{settings.seed} {feature}")
     for _ in range(settings.rounds):
@@ -119,8 +119,7 @@ def measure(
 
 
 def _round(settings: Settings, feature: str, at: int, kill: Callable[[], None]) -> list[Answer]:
-    """Streams of one request; the kill comes when each has so many chunks. Returns those that ran
-    then."""
+    """Read streams of one request, kill when each has `at` chunks; return those that ran then."""
     path, body = _request(settings, feature)
     answers = [Answer() for _ in range(settings.streams)]
 
@@ -146,7 +145,7 @@ def _round(settings: Settings, feature: str, at: int, kill: Callable[[], None]) 
 
 
 def wait_served(settings: Settings, seconds: float) -> None:
-    """Until the deployment answers again. Raises `TimeoutError`."""
+    """Wait until the deployment answers again. Raises `TimeoutError`."""
     until_s = time.monotonic() + seconds
     while True:
         try:

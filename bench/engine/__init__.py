@@ -1,1 +1,1 @@
-"""Engines on one real model: `python -m bench.engine`."""
+"""Our engine and its peers on one real model: `python -m bench.engine`."""

@@ -6,26 +6,26 @@
 
 Cases, all in one run (`--only` selects):
 
-* throughput: tokens/s and first token in this process, beside `generate` (one request after the
-  other), `generate_threads` (five threads of it with streamers, FastChat's way in this process) and
+* throughput: tokens/s and time to first token in this process, beside `generate` (one request after
+  another), `generate_threads` (five threads of it with streamers, as FastChat does it) and
   `transformers_cb` (transformers' own continuous batching).
 * served: the same model as users reach it, over the network: broker, worker and client library,
   and the gateway's SSE, beside FastChat's real `model_worker` (`fastchat`) and `transformers serve`
   without and with continuous batching (`transformers_serve`, `transformers_serve_cb`).
 * engines: vLLM and llama.cpp beside ours, served and in the process, and each behind our bus
   (`bench/peers/engines/install.sh` installs them).
-* bus: CPU of link, broker and client for each step, over the engine's.
-* shared: prompts that share a prefix, beside the same without reuse; 32 at once with a common
-  prompt of 2,000 tokens, beside one of them.
-* images: questions about images, beside `generate`.
-* gap: what a long prompt does to running streams, beside the engine's bound.
+* bus: CPU of link, broker and client per step, over that of the engine.
+* shared: prompts that share a prefix, with and without reuse of its KV cache; 32 at once with a
+  common prompt of 2,000 tokens, beside one of them.
+* pictures: questions about images, beside `generate`.
+* gap: what a long prompt adds to the gaps of running streams, beside the engine's limit.
 * profile, on a CPU: a decode step of `--streams` rows and a prefill of `--prefill` tokens, in
   float32 and bfloat16, by operator and beside the bare matrix products of the same shapes.
-* speculation: texts that copy their prompt, and texts that do not, beside one token in each step.
+* speculation: answers that copy their prompt, and answers that do not, beside one token per step.
 * numbers, on a CPU: weights in float32, bfloat16, 8 and 4 bits, keys and values in full and in 8
-  bits: memory, tokens per CPU second, and what it changes.
-* floor, on a GPU: a step beside the bytes of weights, keys and values that it must read over the
-  bandwidth measured in the same run.
+  bits: memory, tokens per CPU second, and how much the answers change.
+* floor, on a GPU: a step beside the time to read its weights, keys and values at the bandwidth
+  measured in the same run.
 
 Cases run interleaved; figures are medians; the last column is the ratio.
 """
@@ -67,8 +67,14 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--size", choices=tuple(SIZES), help="model; default 32m, 3b on a GPU")
-    parser.add_argument("--streams", type=integers, help="default 1,4,16,32,64; 1,16,64 on a GPU")
-    parser.add_argument("--prompt", type=integers, default=[4, 12], help="shortest,longest; tokens")
+    parser.add_argument(
+        "--streams",
+        type=integers,
+        help="list of stream counts; default 1,4,16,32,64; 1,16,64 on a GPU",
+    )
+    parser.add_argument(
+        "--prompt", type=integers, default=[4, 12], help="shortest,longest prompt, in tokens"
+    )
     parser.add_argument("--new", type=int, help="tokens of each answer [by case]")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--shared", type=int, default=512, help="tokens of the shared prefix")
@@ -80,7 +86,9 @@ def _arguments() -> argparse.Namespace:
         "--stall-ms", type=float, default=200.0, help="the engine's limit for a gap"
     )
     parser.set_defaults(repeats=3)  # a round of all peers takes minutes
-    parser.add_argument("--profile", action="store_true", help="only profile a decode step")
+    parser.add_argument(
+        "--profile", action="store_true", help="only profile decode steps, and exit"
+    )
     return parser.parse_args()
 
 
@@ -123,7 +131,7 @@ def throughput(setting: Setting) -> None:
     for count in setting.counts:
         prompts = setting.token_prompts(count, low, high, seed=count)
         runners = peers(setting.model, setting.tokenizer, max(count, 4))
-        # One stream: plain generate() is the limit. Many: it only repeats what one stream shows.
+        # With many streams, plain generate() would only repeat what one stream shows.
         left_out = arguments.without | {"generate_threads" if count == 1 else "generate"}
         whole = Load(count, new)
         queued = whole.for_a_queue(arguments.quick)
@@ -146,7 +154,7 @@ def throughput(setting: Setting) -> None:
                 cause = " ".join(str(error).split())[:160]
                 report.note(f"{name} at {count} streams: {type(error).__name__}: {cause}")
                 del cases[name]
-        # One stream is compared to within a few percent, which takes more rounds.
+        # One stream is compared to within a few percent, which needs more rounds.
         rounds = repeats(arguments) + (1 if count == 1 else 0)
         seen = interleave({name: lambda r=run: r(new) for name, run in cases.items()}, rounds)
         own = seen.pop("tokenbus")

@@ -66,8 +66,7 @@ KV_TOKENS = 100_000
 """KV cache tokens of our engine on a CPU."""
 QUEUED_STREAMS = 2 * FASTCHAT_THREADS
 """Requests per run for a peer that answers one by one or five at a time: its rate does not depend
-on how many wait. (It does depend on the length of answers: FastChat collects garbage after
-each.)"""
+on how many wait, but on their length, since FastChat collects garbage after each answer."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ SIZES = {
 
 
 NO_WORDS = 3 + 256
-"""The first ids: special tokens and single bytes."""
+"""How many ids, the first ones, stand for no word: special tokens and single bytes."""
 
 
 def build_tokenizer(vocabulary: int) -> Any:
@@ -145,8 +144,11 @@ def _filled(core: Tokenizer, vocabulary: int) -> Any:
 
 
 def build_model(shape: Shape, device: torch.device, context: int = 16_384) -> Any:
-    """A Llama with random weights, created on the device. Greedily, it generates only whole words:
-    never an end token, which some peers cannot ignore, and never half a character."""
+    """A Llama with random weights, created on the device.
+
+    Its greedy answers consist of whole words: no end token, which some peers cannot ignore, and no
+    partial character.
+    """
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(build_config(shape, context), dtype=shape.dtype)
@@ -177,8 +179,10 @@ PICTURE_PATCH = 14
 
 
 def build_vision(shape: Shape, device: torch.device, tokenizer: Any = None) -> tuple[Any, Any]:
-    """A LLaVA with random weights and a language model of that shape, and its processor; 256 tokens
-    per image. `tokenizer`: for the text, of one id less than the vocabulary."""
+    """A LLaVA with random weights and a language model of this shape, and its processor.
+
+    An image has 256 tokens. `tokenizer` is for the text, with one id less than the vocabulary.
+    """
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -246,7 +250,7 @@ class Setting:
 
     @functools.cached_property
     def engine(self) -> TransformersEngine:
-        """Our engine, for all cases that need no settings of their own."""
+        """Our engine, for all cases that need no other settings."""
         own = build_engine(
             self.model,
             self.tokenizer,
@@ -258,7 +262,7 @@ class Setting:
         return own
 
     def token_prompts(self, count: int, low: int, high: int, seed: int) -> list[list[int]]:
-        """Prompts of `low` to `high` random token ids each."""
+        """Prompts of `low` to `high` random token ids."""
         choose = random.Random(seed)
         return [
             [choose.randrange(10, self.shape.vocabulary) for _ in range(choose.randint(low, high))]
@@ -280,14 +284,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Load:
-    """Streams at once, and tokens of each answer."""
+    """Streams at the same time, and tokens of each answer."""
 
     streams: int
     tokens: int
 
     def for_a_queue(self, quick: bool) -> Load:
-        """The load for a peer that answers one by one or five at a time. Since fewer requests wait,
-        its first tokens come sooner."""
+        """The load for a peer that answers one by one or five at a time.
+
+        Since fewer requests wait, its first tokens come sooner.
+        """
         if quick:
             return Load(min(self.streams, FASTCHAT_THREADS), min(self.tokens, 16))
         return Load(min(self.streams, QUEUED_STREAMS), self.tokens)
@@ -301,8 +307,10 @@ class Load:
 
 
 def paired(own: Sample, peer: Sample) -> float:
-    """The peer's figure, chosen so that the ratio is the median of the ratios of all rounds:
-    whatever slows the machine in a round slows both."""
+    """The peer's figure, chosen so that the ratio is the median of all rounds' ratios.
+
+    Whatever slows the machine in a round slows both.
+    """
     ratios = Sample(tuple(a / b for a, b in zip(own.values, peer.values, strict=True)))
     return own.median / ratios.median
 
@@ -310,7 +318,7 @@ def paired(own: Sample, peer: Sample) -> float:
 def build_engine(
     model: Any, tokenizer: Any, slots: int, processor: Any = None, **settings: Any
 ) -> TransformersEngine:
-    """Our engine with the model; on a CPU with a copy of it, whose layers the engine changes."""
+    """Our engine with the model; on a CPU with a copy, since the engine changes the layers."""
     own = EngineSettings(**({"prefix_tokens": 0} | settings))
     if model.device.type == "cpu":
         model = copy.deepcopy(model)
@@ -321,12 +329,12 @@ def build_engine(
 def run_engine(
     engine: TransformersEngine, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> dict[str, float]:
-    """Run all prompts at once through the engine; returns tokens_per_s, ttft_ms and gap_ms."""
+    """Run all prompts at once through the engine; return tokens_per_s, ttft_ms and gap_ms."""
     return run_jobs(engine, [token_job(ids, new_tokens) for ids in prompts])
 
 
 def token_job(ids: Sequence[int], new_tokens: int, **more: Any) -> Job:
-    """A greedy request of token ids; `more`: further parameters."""
+    """A greedy request with a prompt of token ids; `more`: further parameters."""
     params = Params(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, **more)
     request = Request(
         model="bench", kind=Kind.COMPLETE, token_ids=list(ids), params=params, window=1 << 30
@@ -352,7 +360,7 @@ def run_images(
 def run_generate_images(
     model: Any, processor: Any, images: Sequence[bytes], new_tokens: int
 ) -> dict[str, float]:
-    """The same questions with plain `generate()`, one after the other."""
+    """The same questions with plain `generate()`, one after another."""
     config = _generation(new_tokens)
     clock = _Clock()
     for data in images:
@@ -365,8 +373,11 @@ def run_generate_images(
 
 
 def run_jobs(engine: TransformersEngine, jobs: Sequence[Job]) -> dict[str, float]:
-    """Run all jobs at once; returns tokens_per_s, ttft_ms and gap_ms, and CPU time of the process
-    until the last first token."""
+    """Run all jobs at once.
+
+    Returns tokens_per_s, ttft_ms, gap_ms, and the CPU time of the process until the last of the
+    first tokens.
+    """
     clock = _Clock()
     for job in jobs:
         engine.add(job)
@@ -424,7 +435,7 @@ Runner = Callable[[Sequence[Sequence[int]], int], dict[str, float]]
 
 
 def peers(model: Any, tokenizer: Any, slots: int) -> dict[str, Runner]:
-    """The peers, by their names in README.md."""
+    """The peers in this process, by their names in README.md."""
     return {
         "generate": lambda prompts, new: run_generate(model, prompts, new),
         "generate_threads": lambda prompts, new: run_threads(model, tokenizer, prompts, new),
@@ -443,7 +454,7 @@ def _generation(new_tokens: int) -> GenerationConfig:
 
 
 def run_generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, float]:
-    """Plain `generate()`, one request after the other."""
+    """Plain `generate()`, one request after another."""
     config = _generation(new_tokens)
     clock = _Clock()
     for ids in prompts:
@@ -457,8 +468,7 @@ def run_generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) 
 def run_threads(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> dict[str, float]:
-    """As FastChat does it: at most five threads of `generate()`, each with a
-    TextIteratorStreamer."""
+    """At most five threads of `generate()`, each with a TextIteratorStreamer, as in FastChat."""
     config = _generation(new_tokens)
     permits = threading.Semaphore(FASTCHAT_THREADS)
     first: list[float] = []
@@ -494,8 +504,10 @@ def run_threads(
 def run_cb(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, slots: int
 ) -> dict[str, float]:
-    """transformers' continuous batching, with sizes that fit the load (with its defaults, it
-    reserves most of the memory and needs ten seconds to start on a CPU)."""
+    """transformers' continuous batching, with sizes that fit the load.
+
+    With its defaults, it reserves most of the memory and needs ten seconds to start on a CPU.
+    """
     from transformers import ContinuousBatchingConfig
 
     longest = max(map(len, prompts)) + new_tokens

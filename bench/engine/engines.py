@@ -1,11 +1,11 @@
 """vLLM and llama.cpp beside our engine on the same cores, served and in the process.
 
-All load the weights of this run (llama.cpp from a GGUF file of them), in the same dtype, with one
-thread for the model and no reuse of prompts, and get the same prompts in turn. Served: HTTP with
-server-sent events, of our gateway, of `vllm serve` and of llama.cpp's server, and of our gateway
-with these libraries as the worker's engine. In the process: the engine alone, without any server.
-CPU is that of all processes of a system, without the client, which is the same bare socket for all.
-Never imports a peer: each runs in its own environment (`bench/peers/engines/install.sh`).
+All load the weights of this run (llama.cpp from a GGUF file of them) in the same dtype, with one
+thread for the model and without a prefix cache, and take turns with the same prompts. *Served*
+means HTTP with server-sent events: our gateway, `vllm serve`, llama.cpp's server, and our gateway
+with these libraries as the worker's engine. *In the process* means the engine alone, without any
+server. CPU is that of all processes of a system except the client, which is the same bare socket
+for all. Never imports a peer: each runs in its own environment (`bench/peers/engines/install.sh`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ VLLM_READY_S = 400.0
 LOADS = ((16, 64), (512, 32))
 """Tokens of a prompt and of its answer."""
 CONTEXT = 640
-"""Tokens that a request may have at most."""
+"""The most tokens that a request may have."""
 OURS = ("tokenbus", "bus_vllm", "bus_llamacpp")
 
 FIGURES = {
@@ -73,24 +73,26 @@ GOALS = {
     "served": {"tokens_per_s": 1.25, "ttft_ms": 1.0, "gap_p99_ms": 1.0, "cpu_us_per_token": 0.5},
     "process": {"cpu_us_per_token": 1.0},
 }
-"""Ours over vLLM's; tokens/s at least, the others at most."""
+"""Ratios of ours to vLLM: tokens/s at least, the others at most."""
 BUS_GOALS = {"tokens_per_s": 1.05, "ttft_ms": 1.0}
-"""A library behind our bus over its own server."""
+"""Ratios of a library behind our bus to its own server."""
 
 
 def engines(setting: Setting) -> None:
     """Every engine at every number of streams and length of prompt."""
     if setting.device.type != "cpu":
-        setting.report.note("engines: only on a CPU; bench/gpu.py has vLLM beside ours on a GPU")
+        setting.report.note("engines: only on a CPU; for vLLM beside ours on a GPU, run bench.gpu")
         return
-    # Ended from outside, it must not leave a dozen processes behind.
+    # If it is stopped from outside, it must not leave a dozen processes behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     asyncio.run(_engines(setting, _saved(setting)))
 
 
 def _saved(setting: Setting) -> Folder:
-    """The model of this run in a folder that stays: by its path vLLM finds again what it compiled,
-    which takes it a minute and more."""
+    """The model of this run, in a folder that is kept for later runs.
+
+    By its path, vLLM finds its compiled code again; compiling takes a minute and more.
+    """
     written = {
         "shape": repr(setting.shape),
         "torch": torch.__version__,
@@ -104,7 +106,7 @@ def _saved(setting: Setting) -> Folder:
         with save(setting) as folder:
             new = Path(tempfile.mkdtemp(dir=root))
             shutil.copytree(folder.path, new / "bench")
-        # Another run may have been quicker.
+        # Another run may have put it there first.
         with contextlib.suppress(OSError):
             new.rename(root / name)
     arguments = setting.arguments
@@ -235,14 +237,14 @@ def _texts(setting: Setting, count: int, tokens: int, seed: int) -> list[str]:
 
 
 async def _same(report: Report, systems_open: dict[str, Asked], text: str) -> None:
-    """Note every system that reads another prompt or gives another answer than ours."""
+    """Note every system whose prompt length or answer differs from ours."""
     answers = {
         name: await asyncio.to_thread(_ask, system, text) for name, system in systems_open.items()
     }
     own = answers["tokenbus"]
     for name, answer in answers.items():
         if answer != own:
-            report.note(f"{name} answers {answer!r} where ours answers {own!r}: compare with care")
+            report.note(f"{name} answers {answer!r}, ours answers {own!r}: compare with care")
 
 
 def _ask(system: Asked, text: str) -> tuple[int, str]:
@@ -273,7 +275,7 @@ def _find(rows: list[_Measured], like: _Measured, system: str) -> _Measured | No
 
 
 def _peers_of(row: _Measured, rows: list[_Measured]) -> list[_Measured]:
-    """The systems that a row of ours stands beside."""
+    """The peers of a row of ours."""
     names = (row.system.removeprefix("bus_"),) if row.system != "tokenbus" else ("vllm", "llamacpp")
     return [peer for name in names if (peer := _find(rows, row, name)) is not None]
 
@@ -328,7 +330,7 @@ def _goals(rows: list[_Measured]) -> Iterator[str]:
             continue
         goals = BUS_GOALS if row.system != "tokenbus" else GOALS[row.where]
         for peer in _peers_of(row, rows):
-            # Where ours is served, only vLLM sets a goal; llama.cpp sets one in the process and
+            # When ours is served, only vLLM sets a goal; llama.cpp sets one in the process and
             # behind our bus.
             if row.system == "tokenbus" and row.where == "served" and peer.system != "vllm":
                 continue
@@ -422,7 +424,7 @@ def _interpreter(name: str) -> str:
 
 
 def _environment(folder: Folder) -> dict[str, str]:
-    """For every process: one thread of the model, no network, no statistics sent."""
+    """For every process: one thread for the model, no network, no usage statistics."""
     return {
         **folder.environment,
         "OMP_WAIT_POLICY": "passive",
@@ -456,7 +458,7 @@ async def _bus(folder: Folder, dtype: str, engine: str, path: Path) -> AsyncIter
     """Broker, worker with the engine and gateway."""
     interpreter = _interpreter(engine) if engine != "transformers" else python()[0]
     settings = {
-        # No reuse of prompts, as for the peers.
+        # No prefix cache, as for the peers.
         "transformers": ["prefix_tokens=0", f"kv_tokens={KV_TOKENS}"],
         "vllm": ["enable_prefix_caching=false", f"context_tokens={CONTEXT}"],
         "llamacpp": [f"kv_tokens={folder.slots * CONTEXT}", f"threads={folder.threads}"],
@@ -500,7 +502,7 @@ async def _vllm_serve(folder: Folder, dtype: str) -> AsyncIterator[Asked]:
     command += ["--model", str(folder.path), "--served-model-name", "bench", "--dtype", dtype]
     command += ["--max-num-seqs", str(folder.slots), "--max-model-len", str(CONTEXT)]
     command += ["--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", str(port)]
-    # Its access log, a line for each request, is of no use to anybody here.
+    # No access log, which would have a line for each request.
     command += ["--uvicorn-log-level", "warning"]
     with Process(command, _environment(folder)) as process:
         await asyncio.to_thread(wait_port, port, process, VLLM_READY_S)

@@ -1,7 +1,7 @@
-"""Engines in processes of their own, driven by lines (`bench.peers.engines.inside`).
+"""Engines in processes of their own, driven by lines of JSON (`bench.peers.engines.inside`).
 
-A process has its own memory, so that engines follow each other on one device, and its own
-interpreter, so that a peer keeps its own libraries. Its CPU is its family's.
+A process has its own memory, so that engines can follow each other on one device, and its own
+interpreter, so that a peer has its own libraries. Its CPU time includes its children.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Inside", "inside"]
 
 
 class Inside:
-    """An engine that answers lines."""
+    """An engine in its own process."""
 
     def __init__(self, name: str, popen: subprocess.Popen[str], log: IO[str]) -> None:
         self.name = name
@@ -35,8 +35,11 @@ class Inside:
             raise Unavailable(self._ended())
 
     def run(self, prompts: Sequence[Sequence[int]], new: int) -> dict[str, float]:
-        """Send all prompts at once; returns the figures of the run. Raises `RuntimeError` with what
-        the engine says if it fails, or gives an answer of another length."""
+        """Send all prompts at once; return the figures of the run.
+
+        Raises `RuntimeError` with the engine's message if it fails, or if an answer has another
+        length.
+        """
         before = family_cpu_s(self._popen.pid)
         seen = self._ask({"prompts": prompts, "new": new})
         spent = family_cpu_s(self._popen.pid) - before
@@ -69,7 +72,7 @@ class Inside:
         return seen
 
     def _ended(self) -> str:
-        """How it ended, with its last words, which say why."""
+        """How the process ended, with its last line, which says why."""
         status = self._popen.wait()
         self._log.seek(0)
         said = [line.strip() for line in self._log if line.strip()]
@@ -84,7 +87,7 @@ class Inside:
 def inside(
     interpreter: str, name: str, arguments: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[Inside]:
-    """`bench.peers.engines.inside_NAME`, starting; its process ends with the block."""
+    """Start `bench.peers.engines.inside_NAME`; its process ends with the block."""
     # Not a `Process`: its standard input and output are ours.
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,

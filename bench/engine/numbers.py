@@ -1,8 +1,8 @@
-"""What weights, keys and values are held in: memory, tokens per CPU second, and what it changes.
+"""Number formats of weights, keys and values: memory, tokens per CPU second, and change of answers.
 
-One model of random weights gives memory, speed and the change of its logits; the demo model, which
-has learnt something, gives exact answers about images that it has never seen. Each kind is loaded
-as a worker loads it. Must never count what an engine does not hold itself.
+A model with random weights shows memory, speed and the change of its logits; the demo model, which
+is trained, shows how many questions about unseen images it answers exactly. Each kind is loaded as
+a worker loads it. Counts only memory that an engine itself holds.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ LOGITS_TOKENS = 400
 """Tokens of the text whose logits are compared."""
 TASKS, QUICK_TASKS = 300, 60
 SEED = 2
-"""Of the held-out tasks, as in worker/demo/README.md."""
+"""The seed of the held-out tasks, as in worker/demo/README.md."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What weights, keys and values are held in."""
+    """The number formats of the weights, and of keys and values."""
 
     weights: str
     kv: str
 
     def load(self, path: Path, slots: int) -> TransformersEngine:
-        """An engine over the model in a folder. Raises `EngineLoadError`."""
+        """Load an engine with the model in a folder. Raises `EngineLoadError`."""
         few = self.weights.partition(" ")[0]
         options = EngineOptions(
             model_paths=(str(path),),
@@ -77,7 +77,7 @@ KINDS = tuple(
 
 
 def numbers(setting: Setting) -> None:
-    """All kinds beside float32 with keys and values in full."""
+    """Measure all kinds beside float32 with keys and values in full."""
     report, quick = setting.report, setting.arguments.quick
     counts = [count for count in setting.counts if count in (1, 8, 32)] or [1, 32]
     slots = max(counts)
@@ -112,7 +112,7 @@ def _speed(
     count: int,
     rows: dict[Kind, dict[str, Any]],
 ) -> None:
-    """Tokens per CPU second, prompts included, at a number of streams."""
+    """Measure tokens per CPU second, prefill included, at one number of streams."""
     prompts = setting.token_prompts(count, PROMPT_TOKENS, PROMPT_TOKENS, seed=count)
     new = setting.arguments.new or ANSWER_TOKENS
     cases: dict[str, Callable[[], dict[str, float]]] = {
@@ -130,8 +130,7 @@ def _speed(
 
 
 def _memory(engine: TransformersEngine) -> dict[str, float]:
-    """Bytes of the weights; and of a token's keys and values, with its share of what a forward
-    needs to read them."""
+    """Bytes of the weights, and of a token's keys and values with its share of the work buffers."""
     runner = engine._served[0].slot_runner
     assert runner is not None
     cache = runner.cache
@@ -143,7 +142,7 @@ def _memory(engine: TransformersEngine) -> dict[str, float]:
 
 @torch.inference_mode()
 def _logits(engine: TransformersEngine, ids: list[int]) -> torch.Tensor:
-    """float32 [tokens, vocabulary] of a text, by the engine's own forward."""
+    """The logits of a text, float32 [tokens, vocabulary], by the engine's own forward."""
     import numpy as np
 
     runner = engine._served[0].slot_runner
@@ -248,7 +247,7 @@ def _add(setting: Setting, kind: Kind, row: dict[str, Any], full: dict[str, Any]
 
 
 def _table(rows: dict[Kind, dict[str, Any]], counts: Sequence[int], tasks: int) -> Iterator[str]:
-    """All kinds in Markdown; speeds beside float32 in full, round by round."""
+    """All kinds in Markdown, with each speed over that of float32 in full, round by round."""
     full = rows[KINDS[0]]
     speeds = "".join(f" tokens/CPU s, {count} |" for count in counts)
     yield (

@@ -1,8 +1,8 @@
-"""Where a step of the engine spends its CPU time, beside the bare products of the same shapes.
+"""Where a step of the engine spends its CPU time, beside the bare matrix products of its shapes.
 
-One decode step of some rows and one prefill, in float32 and bfloat16. CPU time of the process is
-measured rather than wall time, so a busy machine does not distort it. Must never run what the
-engine would not: the step is the one of a loaded engine, with whatever that prepared.
+Measures decode steps and a prefill, in float32 and bfloat16, in CPU time of the process, which a
+busy machine distorts less than wall time. Runs only what the engine runs: the step is that of a
+loaded engine, with all its preparations.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["Step", "kind_of", "products", "profile"]
 
 DEFAULT_ROWS = (1, 8, 32)
 FILLED = 48
-"""Tokens in the cache of every decoded row: a prompt of 16 and half of an answer of 64."""
+"""Tokens in the KV cache of every decoded row: a prompt of 16 and half of an answer of 64."""
 DTYPES = (torch.float32, torch.bfloat16)
 SHORTEST_S = 0.1
-"""A measurement repeats its step for at least so long: the CPU clock is coarse beside one step."""
+"""A measurement repeats its step for at least this long, since the CPU clock is coarse."""
 
 PARTS = ("products", "attention", "pointwise", "copies", "other", "python")
-"""What a step consists of. `pointwise`: norms, rotary embedding, activation, sums; `python`: all
-that is outside of torch's operators: compiled layers' own code, and the dispatch between all."""
+"""The parts of a step. `pointwise`: norms, rotary embedding, activation, sums. `python`: all that
+is neither an operator of torch nor compiled code, such as the dispatch between them."""
 
 _KINDS = {
     "products": ("mm", "addmm", "linear", "_linear_pointwise", "mkldnn_linear", "_mkl_linear"),
@@ -81,11 +81,11 @@ _COMPILED = {
     "attend": "attention",
     "attend_together": "attention",
 }
-"""The parts to which compiled code belongs, which torch does not see."""
+"""The parts to which our compiled functions belong, which torch does not see."""
 
 
 def kind_of(operator: str) -> str:
-    """The part of a step, of `PARTS`, to which an operator such as `aten.mm.default` belongs."""
+    """The part (one of `PARTS`) to which an operator such as `aten.mm.default` belongs."""
     return _KIND.get(operator.split(".")[1], "other")
 
 
@@ -116,7 +116,7 @@ class Step:
             self._prefill(0, self._sequences[0])
             return
         with torch.inference_mode():
-            # The same position again each time: a step does not know that it was taken before.
+            # The same position each time: a step does not depend on whether it was run before.
             self._forward.decode(self._sequences)
 
 
@@ -128,8 +128,10 @@ def _sequence(ids: list[int]) -> Sequence:
 
 
 def products(model: nn.Module, rows: int, last: int) -> Callable[[], None]:
-    """The matrix products of one forward of `model` over `rows` tokens, of which the head (its last
-    linear layer) computes `last`; plain `linear` on weights of their own."""
+    """The matrix products of one forward of `model` over `rows` tokens.
+
+    They are plain `linear` on new weights; the head, the last layer, computes only `last` tokens.
+    """
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     own = [torch.randn(w.shape, dtype=w.dtype) * 0.02 for w in weights]
     counts = [rows] * (len(own) - 1) + [last]
@@ -147,9 +149,9 @@ def products(model: nn.Module, rows: int, last: int) -> Callable[[], None]:
 
 
 def profile(setting: Setting) -> None:
-    """A row for each step and each of its parts, beside the bare products."""
+    """Report each step beside its bare products, and each of its parts."""
     if setting.device.type != "cpu":
-        raise SystemExit("--only profile: measures CPU time, and so runs on --device cpu alone")
+        raise SystemExit("--only profile measures CPU time, so it needs --device cpu")
     rows = setting.arguments.streams or DEFAULT_ROWS
     for dtype in DTYPES:
         shape = replace(setting.shape, dtype=dtype)
@@ -221,8 +223,10 @@ def _parts(step: Step, whole: Sample, times: int) -> dict[str, float]:
 
 
 class _OperatorClock(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums up the CPU time of operators. torch's profiler takes the wall's time, which on a busy
-    machine was four times that of the step."""
+    """Sums up the CPU time of operators.
+
+    torch's profiler uses wall time, which was four times that of the step on a busy machine.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -240,7 +244,7 @@ class _OperatorClock(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _compiled_code(clock: _OperatorClock) -> Iterator[None]:
-    """Count calls of compiled code too."""
+    """Time calls of our compiled code too."""
     own = {name: getattr(Kernels, name) for name in _COMPILED}
 
     def timed(name: str) -> Callable[..., Any]:

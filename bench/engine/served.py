@@ -1,9 +1,9 @@
 """A real model as users reach it: our bus and gateway beside other servers.
 
-Every server loads the same folder (the model of this run, written by `save`), with the same number
-of torch threads, and gets the same prompts through its own streaming interface. A server that is
-missing or fails is left out, with a note that says why. `bus` compares our own bus with the engine
-in this process. Never imports what it measures: servers run in their own processes.
+Every server loads the same model (written to a folder by `save`), with the same number of torch
+threads, and gets the same prompts through its own streaming interface. A server that is missing or
+fails is left out, with a note that says why. `bus` compares our own bus with the engine in this
+process. Never imports what it measures: servers run in their own processes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Folder:
     path: Path
     device: str
     threads: int
-    #: Most requests at once.
+    #: The most requests at the same time.
     slots: int
 
     @property
@@ -72,7 +72,7 @@ def save(setting: Setting) -> Iterator[Folder]:
 
 @contextlib.contextmanager
 def save_folder(model: Any, texts: Any) -> Iterator[Path]:
-    """Write model and `texts`, a tokenizer or a processor, as `from_pretrained` reads them."""
+    """Write a model and its tokenizer or processor as `from_pretrained` reads them."""
     with tempfile.TemporaryDirectory(prefix="tb-model-") as name:
         path = Path(name) / "bench"
         disable_progress_bar()
@@ -87,7 +87,7 @@ def save_folder(model: Any, texts: Any) -> Iterator[Path]:
 
 
 class Asked(systems.Http):
-    """A completion over HTTP, with the next prompt each time."""
+    """Completions over HTTP, each with the next prompt."""
 
     prompts: Iterator[str]
 
@@ -100,12 +100,11 @@ Parties = dict[str, list[int]]
 
 
 def bus_servers(folder: Folder) -> contextlib.AbstractContextManager[tuple[str, Parties]]:
-    """Broker and worker with the transformers engine; yields the broker's front and the
-    processes."""
+    """Broker and worker with the transformers engine; yields front address and processes."""
     return systems.bus_servers(
         "transformers",
         folder.slots,
-        # No prefix reuse, as for the engine in this process: every round sends the same prompts.
+        # No prefix cache, as for the engine in this process: every round sends the same prompts.
         "prefix_tokens=0",
         *([f"kv_tokens={KV_TOKENS}"] if folder.device == "cpu" else []),
         options=(
@@ -178,7 +177,7 @@ async def transformers_system(folder: Folder, *options: str) -> AsyncIterator[As
 
 @contextlib.contextmanager
 def transformers_serve(folder: Folder, *options: str) -> Iterator[tuple[int, Parties]]:
-    """Its port, and its processes."""
+    """`transformers serve`: its port and its processes."""
     program = Path(sys.executable).parent / "transformers"
     try:
         import fastapi  # noqa: F401
@@ -196,7 +195,7 @@ Open = Callable[[], contextlib.AbstractAsyncContextManager[Any]]
 
 
 def _foreign(folder: Folder, longest: int) -> dict[str, Open]:
-    """The peers' servers; `longest`: most tokens of a prompt and its answer."""
+    """The peers' servers; `longest`: the most tokens of a prompt with its answer."""
     # With its defaults it would reserve most of the memory.
     blocks = folder.slots * (longest // CB_BLOCK + 2)
     batching = ("--continuous-batching", "--cb-num-blocks", str(blocks))
@@ -254,9 +253,9 @@ async def _served(setting: Setting, folder: Folder) -> None:
 
 
 PATHS = ("bus", "gateway")
-"""Our own ways to the engine."""
+"""Our own paths to the engine."""
 ONE_BY_ONE = frozenset({"fastchat", "transformers_serve"})
-"""One request after the other, or five at once."""
+"""Peers that answer one request after another, or five at once."""
 
 
 def _add_served(
@@ -290,8 +289,10 @@ def _add_served(
 
 
 def bus(setting: Setting) -> None:
-    """Send the same requests to the engine in this process and through broker, worker and client,
-    and compare the bus's CPU per step with the engine's."""
+    """Compare the CPU per step of the bus with that of the engine.
+
+    The same requests go to the engine in this process, and through broker, worker and client.
+    """
     with save(setting) as folder:
         asyncio.run(_bus(setting, folder))
 

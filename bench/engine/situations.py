@@ -1,5 +1,7 @@
-"""Cases other than plain throughput: a shared prefix, images, a long prompt beside running streams,
-and a GPU's memory bandwidth. Each takes the setting of the run and adds its rows."""
+"""Cases other than plain throughput; each adds its rows to the report of the run.
+
+A shared prefix, images, a long prompt beside running streams, and a GPU's memory bandwidth.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from worker.engines.base import Ended, Failed
 COMMON_TOKENS = 2000
 
 IMAGES = 16
-"""How many questions about images are asked at once; plain `generate()` answers them in turn."""
+"""How many questions about images are asked at once; plain `generate()` answers one by one."""
 
 
 def shared(setting: Setting) -> None:
@@ -42,7 +44,7 @@ def shared(setting: Setting) -> None:
         )
         for name, tokens in (("reuse", 20_000), ("none", 0))
     }
-    # One after the other: requests that run at the same time would share even without reuse.
+    # One after another: requests that run at the same time would share even without reuse.
     cases = {
         name: lambda e=engine: {
             "ttft_ms": percentile([run_engine(e, [ids], new)["ttft_ms"] for ids in prompts], 50)
@@ -64,8 +66,10 @@ def shared(setting: Setting) -> None:
 
 
 def _common_prompt(setting: Setting) -> None:
-    """32 requests at once that begin with the same 2,000 tokens, beside one of them: CPU time until
-    the last first token. Memory was used before."""
+    """32 requests at once that begin with the same 2,000 tokens, beside one of them.
+
+    Measured is the CPU time until each has its first token, in memory that was used before.
+    """
     count, new = 32, 2
     engine = build_engine(
         setting.model, setting.tokenizer, count, prefix_tokens=0, kv_tokens=KV_TOKENS
@@ -101,7 +105,7 @@ def _common_prompt(setting: Setting) -> None:
 
 
 def images(setting: Setting) -> None:
-    """Questions about images, all at once, beside plain generate()."""
+    """Questions about images, all at once, beside plain `generate()`."""
     arguments, report = setting.arguments, setting.report
     model, processor = build_vision(setting.shape, setting.device)
     engine = build_engine(model, processor.tokenizer, IMAGES, processor, kv_tokens=KV_TOKENS)
@@ -135,8 +139,10 @@ def images(setting: Setting) -> None:
 
 
 def gap(setting: Setting) -> None:
-    """Time between tokens of 8 streams: alone, during the prefill of a long prompt, and during its
-    answer. Measured in wall and CPU time, since other programs distort the tail of wall time."""
+    """Gaps of 8 streams: alone, during the prefill of a long prompt, and during its answer.
+
+    They are measured in wall and CPU time, since other programs distort the tail of wall time.
+    """
     arguments, report, engine = setting.arguments, setting.report, setting.engine
     streams = [token_job(ids, 4000) for ids in setting.token_prompts(8, 5, 9, seed=1)]
     prompt = setting.token_prompts(1, arguments.gap_prompt, arguments.gap_prompt, seed=2)[0]
@@ -190,7 +196,7 @@ def gap(setting: Setting) -> None:
 
 
 def floor(setting: Setting) -> None:
-    """A decode step beside the lower bound given by the same GPU's memory bandwidth."""
+    """A decode step beside the lower bound that the GPU's memory bandwidth sets."""
     model, engine, report = setting.model, setting.engine, setting.report
     read_per_s = bandwidth(setting.device)
     embedding = model.get_input_embeddings().weight
@@ -212,7 +218,7 @@ def floor(setting: Setting) -> None:
 
 
 def bandwidth(device: torch.device, numbers: int = 1 << 30) -> float:
-    """Bytes per second of a plain memory read of so many float32."""
+    """Bytes per second of a plain read of this many float32 numbers."""
     data = torch.empty(numbers, dtype=torch.float32, device=device).normal_()
     for _ in range(3):
         data.sum()
@@ -225,6 +231,6 @@ def bandwidth(device: torch.device, numbers: int = 1 << 30) -> float:
 
 
 def synchronise(device: torch.device | str) -> None:
-    """Wait until a device has done everything; a CPU always has."""
+    """Wait until a device has finished all its work, as a CPU always has."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
-"""Drafts of an answer that are verified several tokens at a time, beside one token at a time.
+"""Speculative decoding, which verifies several draft tokens at a time, beside one token at a time.
 
-The weights are random, so what an answer says is prescribed token by token (`forced_token_ids`);
-the engine computes and samples as ever, and drafts are as right or wrong as with a model that says
-the same.
+The weights are random, so answers are prescribed token by token (`forced_token_ids`); the engine
+computes and samples as always, and drafts are right or wrong as with a model that gives these
+answers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from worker.engines.base import Job
 
 PROMPT_TOKENS = 400
 EDIT_EVERY = 24
-"""One token in so many of a copy differs from the prompt, on average."""
+"""On average, one token in this many of a copy differs from the prompt."""
 COMMON_WORDS = 60
-"""Of a text without copies: so few words, the first ones far more often than the last, that three
-in a row often occur again by chance."""
+"""Words of a text without copies: so few, and the first ones so frequent, that three in a row often
+recur by chance."""
 
 
 def speculation(setting: Setting) -> None:
-    """Tokens/s with and without, of texts that copy their prompt and texts that do not."""
+    """Tokens/s with and without drafts, for answers that copy their prompt or do not."""
     arguments, report = setting.arguments, setting.report
     new = arguments.new or (64 if arguments.quick else 128)
     cases = [("copy", 1), ("chance", 1), ("nothing", 1), ("copy", 8), ("chance", 8)]
@@ -33,7 +33,7 @@ def speculation(setting: Setting) -> None:
             setting.tokenizer,
             8,
             kv_tokens=KV_TOKENS,
-            # Prompts are computed in the first run alone: what is compared is answers.
+            # Prompts are computed only in the first run, so that answers alone are compared.
             prefix_tokens=20_000,
             speculate=speculate,
         )
