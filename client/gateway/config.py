@@ -177,7 +177,7 @@ class Config:
         Path, None, "SQLite file of tokens by key, model and day; gateways may share it", "FILE"
     )
     batch_folder: Path | None = _option(
-        Path, None, "folder of batches and their files; serves /v1/batches, files and uploads", "FOLDER"
+        Path, None, "folder of batches and their files; serves /v1/batches and /v1/files", "FOLDER"
     )
     response_folder: Path | None = _option(
         Path,

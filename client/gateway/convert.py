@@ -508,7 +508,7 @@ def _params(
         stop=stop,
         stop_token_ids=body.stop_token_ids or [],
         ignore_eos=bool(body.ignore_eos),
-        include_stop=bool(body.include_stop_str_in_output),
+        include_stop=bool(body.include_stop_str_in_output or body.no_stop_trim),
         skip_special_tokens=body.skip_special_tokens is not False,
         # The prompt's ids come with its echo, before the first token.
         echo=bool(body.return_token_ids),

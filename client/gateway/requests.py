@@ -316,6 +316,10 @@ class ChatRequest(Sampling, kw_only=True):
     include_reasoning: bool | None = None
     #: False: the reasoning stays in the text, as the model writes it.
     separate_reasoning: bool | None = None
+    #: False: of a stream, the reasoning comes as one piece when it is over.
+    stream_reasoning: bool | None = None
+    #: llama.cpp's word for it: `none` leaves it in the text.
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = None
     #: Variables for the chat template.
     verbosity: Literal["low", "medium", "high"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -336,6 +340,11 @@ class ChatRequest(Sampling, kw_only=True):
         excluded = self.reasoning is not None and self.reasoning.exclude
         return self.include_reasoning is not False and not excluded
 
+    @property
+    def splits_reasoning(self) -> bool:
+        """The reasoning comes apart from the text."""
+        return self.separate_reasoning is not False and self.reasoning_format != "none"
+
 
 # --- completions and embeddings -------------------------------------------------------------------
 
@@ -351,7 +360,8 @@ class CompletionRequest(Sampling, kw_only=True):
     best_of: Choices | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    suffix: Refused = None
+    #: What stands behind the answer, for models that fill in a middle.
+    suffix: str | None = None
 
 
 class EmbeddingRequest(_Body, kw_only=True):

@@ -23,7 +23,7 @@ Label = Any
 
 
 class OtherServers(OutputWords, kw_only=True):
-    """Fields of vLLM and SGLang for whatever generates text."""
+    """Fields of vLLM, SGLang and llama.cpp for whatever generates text."""
 
     #: -1: the oldest tokens of a prompt that is too long are dropped.
     truncate_prompt_tokens: int | None = None
@@ -33,6 +33,8 @@ class OtherServers(OutputWords, kw_only=True):
     #: Fast tokenizers, which all models here have, put nothing between them.
     spaces_between_special_tokens: Label = None
     add_special_tokens: Refused = None
+    #: SGLang's name of `include_stop_str_in_output`.
+    no_stop_trim: bool | None = None
     allowed_token_ids: Refused = None
     bad_words: Refused = None
     beam_width: Refused = None
@@ -41,24 +43,35 @@ class OtherServers(OutputWords, kw_only=True):
     documents: Refused = None
     kv_transfer_params: Refused = None
     length_penalty: Refused = None
+    logprob_token_ids: Refused = None
     logits_processors: Refused = None
     lora_path: Refused = None
     media_io_kwargs: Refused = None
     mm_processor_kwargs: Refused = None
+    post_sampling_probs: Refused = None
+    return_cached_tokens_details: Refused = None
+    return_hidden_states: Refused = None
+    return_meta_info: Refused = None
+    return_progress: Refused = None
+    return_routed_experts: Refused = None
+    stop_regex: Refused = None
     structural_tag: Refused = None
+    timings_per_token: Refused = None
     use_beam_search: Refused = None
     vllm_xargs: Refused = None
 
 
 _UNSERVED: Final = {
     "add_special_tokens": "a prompt gets what its model expects; send token ids instead",
-    "allowed_token_ids": "use `structured_outputs`",
+    "allowed_token_ids": "engines are told which tokens are biased or forbidden, not which alone "
+    "are allowed; use `structured_outputs` (`choice`, `regex`)",
     "bad_words": "use `logit_bias` with the ids of their tokens",
     "beam_width": "there is no beam search here",
     "cache_salt": "prefixes are shared by all who use a worker",
     "documents": "write them into a message, or into `chat_template_kwargs`",
     "kv_transfer_params": "the bus moves no KV cache between servers",
     "length_penalty": "there is no beam search here",
+    "logprob_token_ids": "the most likely tokens are told, by `top_logprobs` or `logprobs`",
     "logits_processors": "use `logit_bias` or `structured_outputs`",
     "lora_path": "an adapter is a model of its own: name it in `model`",
     "structural_tag": "use `tools`, or `structured_outputs`",
@@ -82,7 +95,14 @@ _UNSERVED: Final = {
     "moderation": "this gateway has no moderation model",
     "prompt": "prompt templates are not stored here; send `input` and `instructions`",
     "rank_fields": "send the text of each document",
-    "suffix": "no model of the bus fills in the middle through this endpoint",
+    "post_sampling_probs": "log probabilities are those before sampling",
+    "return_cached_tokens_details": "`usage` has the number of cached tokens",
+    "return_hidden_states": "workers send tokens, no states of the model",
+    "return_meta_info": "the answer has its usage, and the headers name the requests of the bus",
+    "return_progress": "`/completion`, llama.cpp's own path, tells it",
+    "return_routed_experts": "workers send tokens, no states of the model",
+    "timings_per_token": "`/completion`, llama.cpp's own path, tells them",
+    "stop_regex": "use `stop`, or a `regex` for the whole answer",
     "task_budget": "use `max_tokens` and `thinking.budget_tokens`",
     "toolset_name": "nothing here defines a toolset",
     "transformations": "send the image as the model should see it",
@@ -95,8 +115,16 @@ _ASKING_NOTHING: Final[dict[str, tuple[Any, ...]]] = {
     "length_penalty": (1, 0),
     "beam_width": (1,),
     "use_beam_search": (False,),
-    # vLLM's own default.
+    # The servers' own defaults.
     "add_special_tokens": (True,),
+    **dict.fromkeys(
+        (
+            *("post_sampling_probs", "return_cached_tokens_details", "return_hidden_states"),
+            *("return_meta_info", "return_progress", "return_routed_experts"),
+            "timings_per_token",
+        ),
+        (False,),
+    ),
 }
 
 

@@ -179,6 +179,9 @@ def test_the_tokens_of_a_text_alone_are_without_those_that_a_prompt_begins_with(
         assert ask("hello", add_special_tokens=True).ended.result["token_ids"] == [tiny.USER, 307]
         assert ask("hello", add_special_tokens=False).ended.result["token_ids"] == [307]
         assert ask("", add_special_tokens=False).ended.result["token_ids"] == []
+        with_facts = ask("", add_special_tokens=False, tokenizer=True, infill=True).ended.result
+        assert with_facts["tokenizer"]["eos_token"] == tokenizer.eos_token
+        assert with_facts["infill"] == {}
         for wrong in ({"add_special": False}, {"return_tokens": 1}):
             assert "tokenize_args" in ask("hello", **wrong).failed.message
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx2 as httpx
 import openai
 import pytest
 
 from tests.gateway.conftest import MODEL, GatewayProcess
 from tests.harness import PATIENCE_S
+from worker.engines.echo.tokens import tokenize
 
 
 def test_a_prompt_is_continued_with_exact_usage(client: openai.OpenAI) -> None:
@@ -116,7 +119,9 @@ def test_best_of_returns_the_likeliest(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"suffix": "x"}, "suffix"),
+        ({"suffix": "x", "echo": True}, "echo"),
+        ({"suffix": "x", "prompt": "a\x03b"}, "prompt"),
+        ({"suffix": "\x01"}, "suffix"),
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"n": 2, "best_of": 1}, "best_of"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -132,6 +137,17 @@ def test_unsupported_parameters_are_refused_by_name(
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**{"model": MODEL, "prompt": "x"}, extra_body=change)
     assert caught.value.param == param
+
+
+def test_a_middle_is_filled_in(client: openai.OpenAI) -> None:
+    """The echo shows the prompt; its marks are control characters."""
+    given: Any = {"model": MODEL, "suffix": "\n}", "max_tokens": 99}
+    told = client.completions.create(prompt=["f() {", "g() {"], **given)
+    assert [one.text for one in told.choices] == ["\x01f() {\x02\n}\x03", "\x01g() {\x02\n}\x03"]
+    by_ids = client.completions.create(prompt=tokenize("f() {"), **given)
+    assert by_ids.choices[0].text == told.choices[0].text
+    chunks = client.completions.create(prompt="f() {", stream=True, **given)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == told.choices[0].text
 
 
 def test_embeddings_are_the_same_as_numbers_and_packed(client: openai.OpenAI) -> None:

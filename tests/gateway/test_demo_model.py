@@ -69,6 +69,21 @@ def image_and(question: str) -> list[dict[str, Any]]:
     ]
 
 
+def test_its_tokenizer_tells_of_itself_and_of_no_middle(demo: openai.OpenAI) -> None:
+    """What lm-eval's remote tokenizer reads, and why a middle is not filled in."""
+    told: Any = demo.get("/tokenizer_info", cast_to=object)
+    assert (told["bos_token"], told["eos_token"], told["pad_token"]) == (
+        *("<|bos|>", "<|end|>", "<|pad|>"),
+    )
+    assert "add_generation_prompt" in told["chat_template"]
+    assert told["tokenizer_class"] and told["model_max_length"] == told["max_model_len"] == 2048
+    assert told["added_tokens_decoder"]["6"] == "<image>"
+    assert "path" not in str(told).lower()
+    with pytest.raises(openai.BadRequestError, match="no tokens for filling in") as caught:
+        demo.completions.create(model="demo", prompt="a", suffix="b")
+    assert caught.value.param == "suffix"
+
+
 def test_the_right_image_gives_the_right_words(demo: openai.OpenAI) -> None:
     _, question, answer = example()
     messages = image_and(question)

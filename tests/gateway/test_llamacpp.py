@@ -30,8 +30,8 @@ def ask(http: httpx.Client, path: str = "/completion", **body: Any) -> Any:
     return answer.json()
 
 
-def chunks_of(http: httpx.Client, **body: Any) -> list[dict[str, Any]]:
-    with http.stream("POST", "/completion", json={"stream": True, **body}) as answer:
+def chunks_of(http: httpx.Client, path: str = "/completion", **body: Any) -> list[dict[str, Any]]:
+    with http.stream("POST", path, json={"stream": True, **body}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in answer.iter_lines() if line and not line.startswith(":")]
     assert all(line.startswith("data: ") for line in lines)
@@ -390,13 +390,45 @@ def test_what_programs_ask_before_they_use_a_server(http: httpx.Client) -> None:
         ("POST", "/slots/0?action=save"),
         ("GET", "/lora-adapters"),
         ("POST", "/lora-adapters"),
-        ("POST", "/infill"),
     ],
 )
 def test_what_belongs_to_one_process_is_refused(http: httpx.Client, method: str, path: str) -> None:
     answer = http.request(method, path, json={} if method == "POST" else None)
     error = answer.json()["error"]
     assert answer.status_code == error["code"] == 501 and error["type"] == "not_supported_error"
+
+
+def test_a_middle_is_filled_in(http: httpx.Client) -> None:
+    """The echo shows the prompt; its marks are control characters."""
+    body = {"input_prefix": "f() {\n", "input_suffix": "\n}", "prompt": "  x ="}
+    told = ask(http, "/infill", **body)
+    assert told["content"] == told["prompt"] == "\x01f() {\n  x =\x02\n}\x03"
+    *chunks, last = chunks_of(http, "/infill", **body)
+    assert "".join(chunk["content"] for chunk in chunks) == told["content"] and last["stop"]
+    shown = {"filename": "a.c", "text": "int a;"}
+    files = [shown, {"text": "int b;"}]
+    beside = ask(http, "/infill", input_extra=files, **body)
+    # A token that begins another file ends the middle; an echo shows it.
+    assert (beside["content"], beside["stop_type"]) == ("\x1c", "eos")
+    assert beside["prompt"] == f"\x1ca.c\nint a;\x1ctmp\nint b;\x1cfilename\n{told['prompt']}"
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"input_prefix": None}, "input_prefix"),
+        ({"input_suffix": "a\x03"}, "input_suffix"),
+        ({"input_extra": [{"name": "x"}]}, "input_extra"),
+        ({"prompt": [1]}, "prompt"),
+        ({"samplers": ["infill"]}, "samplers"),
+    ],
+)
+def test_an_infill_that_is_wrong_is_refused_by_name(
+    http: httpx.Client, change: dict[str, Any], param: str
+) -> None:
+    answer = http.post("/infill", json={"input_prefix": "a", "input_suffix": "b", **change})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith(param)
 
 
 def test_time_counts_from_the_first_token() -> None:

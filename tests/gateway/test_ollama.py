@@ -214,10 +214,15 @@ def test_a_text_with_and_without_the_chat_template(sdk: ollama.Client) -> None:
     assert "".join(chunk.response for chunk in chunks) == "hello there"
 
 
+def test_a_middle_is_filled_in(sdk: ollama.Client) -> None:
+    """The echo shows the prompt; its marks are control characters."""
+    assert sdk.generate(MODEL, "f() {", suffix="}").response == "\x01f() {\x02}\x03"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"suffix": "x"}, "suffix"),
+        ({"suffix": "x", "system": "x"}, "system"),
         ({"template": "{{ .Prompt }}"}, "template"),
         ({"context": [1, 2]}, "context"),
         ({"raw": True, "system": "x"}, "system"),

@@ -47,6 +47,47 @@ def test_an_answer_without_reasoning_has_no_such_fields(client: OpenAI) -> None:
     assert not {"reasoning", "reasoning_content"} & set(choice.message.model_dump())
 
 
+def test_who_asks_in_sglangs_words_reads_the_field_in_any_case(client: OpenAI) -> None:
+    for text, extra, thought in (
+        ("plain", {"separate_reasoning": True}, None),
+        (ASKED, {"separate_reasoning": False}, None),
+        (ASKED, {"stream_reasoning": True}, "hm, two"),
+    ):
+        [choice] = ask(client, text, extra_body=extra).choices
+        assert choice.message.reasoning_content == thought
+        deltas = [one.choices[0].delta for one in ask(client, text, stream=True, extra_body=extra)]
+        assert "".join(delta.reasoning_content or "" for delta in deltas) == (thought or "")
+        assert "".join(delta.content or "" for delta in deltas) == choice.message.content
+
+
+def test_a_thought_is_streamed_whole_on_request(client: OpenAI) -> None:
+    extra = {"stream_reasoning": False}
+    text = "<think>a b c</think>d e"
+    for asked, thoughts, said in (
+        (text, ["a b c"], "d e"),
+        # Cut within the thought.
+        ("<think>a b c", ["a b c"], ""),
+    ):
+        chunks = list(ask(client, asked, stream=True, logprobs=True, extra_body=extra))
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        assert [one.reasoning_content for one in deltas if one.reasoning_content] == thoughts
+        assert "".join(one.content or "" for one in deltas) == said
+        tokens = [
+            token.token
+            for chunk in chunks
+            for token in (chunk.choices[0].logprobs and chunk.choices[0].logprobs.content) or ()
+        ]
+        [whole] = ask(client, asked, logprobs=True).choices
+        assert tokens == [token.token for token in whole.logprobs.content]
+
+
+def test_llamacpps_word_leaves_the_reasoning_in_the_text(client: OpenAI) -> None:
+    [choice] = ask(client, extra_body={"reasoning_format": "none"}).choices
+    assert choice.message.content == ASKED
+    [choice] = ask(client, extra_body={"reasoning_format": "auto"}).choices
+    assert choice.message.content == "three"
+
+
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_reasoning_comes_back_in_the_history_under_either_name(client: OpenAI, name: str) -> None:
     messages: list[Any] = [

@@ -101,6 +101,13 @@ def test_a_body_that_is_wrong_is_refused_by_name(
     assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(param)
 
 
+def test_a_tokenizer_that_does_not_tell_is_named(http: httpx.Client) -> None:
+    for query, param in (("", "model"), (f"?model={MODEL}", "model"), ("?name=x", "name")):
+        answer = http.get(f"/tokenizer_info{query}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert http.get("/v1/tokenizer_info?model=nope").status_code == 404
+
+
 def test_an_unknown_model_is_not_found(http: httpx.Client) -> None:
     for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
         answer = http.post(path, json={"model": "nope", **body})

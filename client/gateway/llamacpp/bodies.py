@@ -21,6 +21,7 @@ __all__ = [
     "LLAMACPPS_PATHS",
     "CompletionBody",
     "EmbeddingBody",
+    "InfillBody",
     "as_completion",
     "biased_texts",
     "cut_after_ms",
@@ -34,6 +35,7 @@ __all__ = [
 LLAMACPPS_PATHS: Final = (
     *("/completion", "/embedding", "/props", "/slots", "/lora-adapters", "/infill"),
 )
+MAX_EXTRA_FILES: Final = 256
 #: A number of any kind: JavaScript knows only one.
 Number = int | float
 #: A value that cannot change the answer.
@@ -115,6 +117,24 @@ class CompletionBody(_Body, kw_only=True):
     t_max_prompt_ms: Label = None
     sse_ping_interval: Label = None
     backend_sampling: Label = None
+
+
+class ExtraFile(_Body, kw_only=True):
+    """Another file, or a part of one, that a middle is filled in beside."""
+
+    text: str
+    filename: str = "tmp"
+    time: Label = None
+
+
+class InfillBody(CompletionBody, kw_only=True):
+    """Body of `POST /infill`: the middle between a prefix and a suffix."""
+
+    input_prefix: str
+    input_suffix: str
+    input_extra: Annotated[list[ExtraFile], Meta(max_length=MAX_EXTRA_FILES)] | None = None
+    #: The beginning of the line that is written on, behind the prefix.
+    prompt: str = ""
 
 
 class EmbeddingBody(_Body, kw_only=True):

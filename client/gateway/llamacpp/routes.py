@@ -1,5 +1,5 @@
-"""llama.cpp's own paths: `/completion`, `/embedding`, `/props`; bodies become requests of the bus,
-events become its objects.
+"""llama.cpp's own paths: `/completion`, `/infill`, `/embedding`, `/props`; bodies become requests
+of the bus, events become its objects.
 
 A stream is server-sent events, the last with `stop: true`, and nothing after it. It survives the
 loss of a worker as all streams of the bus do. What its other paths change or show belongs to one
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -26,13 +26,14 @@ from client.gateway.convert import Generation, completion_calls, seeded
 from client.gateway.errors import GatewayError, invalid
 from client.gateway.llamacpp import bodies
 from client.gateway.llamacpp.answers import Answer, error_object, picked
-from client.gateway.llamacpp.bodies import CompletionBody, EmbeddingBody
+from client.gateway.llamacpp.bodies import CompletionBody, EmbeddingBody, InfillBody
 from client.gateway.openai.answers import written_vectors
 from client.gateway.openai.generation import Batches, naming
 from client.gateway.openai.models import find_model, visible_models
 from client.gateway.requests import MAX_CHOICES
 from client.gateway.sse import Source, encode, until_disconnect
 from client.gateway.tokens.asking import ids_of, text_of
+from client.gateway.tokens.infill import infill_form
 from client.gateway.tokens.prompts import Prompt, prompts_of, written
 from client.version import version
 
@@ -47,10 +48,35 @@ async def _completion(context: RequestContext) -> Response:
     body = await context.read(CompletionBody)
     context.check(body.model, 0)
     prompts, is_list = await context.aside(prompts_of, "prompt", body.prompt)
+    return await _answered(context, body, prompts, is_list=is_list)
+
+
+async def _infill(context: RequestContext) -> Response:
+    body = await context.read(InfillBody)
+    context.check(body.model, 0)
+    form = await infill_form(context, body.model, "input_prefix")
+    before = await form.ids_of(body.input_prefix, "input_prefix")
+    before += await form.ids_of(body.prompt, "prompt")
+    after = await form.ids_of(body.input_suffix, "input_suffix")
+    files = [(file.filename, file.text) for file in body.input_extra or ()]
+    extra = await form.extra(files, "input_extra")
+    prompt = Prompt((form.prompt(before, after, extra),))
+    return await _answered(context, body, [prompt], ends=form.ends)
+
+
+async def _answered(
+    context: RequestContext,
+    body: CompletionBody,
+    prompts: list[Prompt],
+    *,
+    is_list: bool = False,
+    ends: Sequence[int] = (),
+) -> Response:
+    """The answers to the prompts. `ends`: tokens that end each of them."""
     many = body.n_cmpl or body.n or 1
     if len(prompts) * many > MAX_CHOICES:
         raise invalid("n_cmpl", f"More than {MAX_CHOICES} answers are asked for.")
-    calls, answers = await _begun(context, body, prompts, many)
+    calls, answers = await _begun(context, body, prompts, many, ends)
     events = context.generate(
         calls, prompt_field="prompt", has_enough=lambda choice: answers[choice].has_enough
     )
@@ -71,7 +97,11 @@ async def _completion(context: RequestContext) -> Response:
 
 
 async def _begun(
-    context: RequestContext, body: CompletionBody, prompts: list[Prompt], many: int
+    context: RequestContext,
+    body: CompletionBody,
+    prompts: list[Prompt],
+    many: int,
+    ends: Sequence[int],
 ) -> tuple[list[Generation], list[Answer]]:
     """A request of the bus and an answer without events for each prompt and copy."""
     seed = _seed(body)
@@ -91,7 +121,10 @@ async def _begun(
     except GatewayError as error:
         raise bodies.in_its_words(error) from None
     params = msgspec.structs.replace(
-        call.request.params, banned_token_ids=banned, prompt_usage=bool(body.stream)
+        call.request.params,
+        banned_token_ids=banned,
+        prompt_usage=bool(body.stream),
+        stop_token_ids=list(ends),
     )
     biases: list[tuple[int, float | None]] = [*params.logit_bias, *((id_, None) for id_ in banned)]
     calls: list[Generation] = []
@@ -253,11 +286,11 @@ def llamacpp_routes() -> list[Route]:
 
     return [
         at("/completion", _completion, "POST", counted=True),
+        at("/infill", _infill, "POST", counted=True),
         at("/embedding", _embedding, "POST", counted=True),
         at("/props", _props),
         at("/slots", _unserved),
         at("/slots/{id}", _unserved, "POST"),
         at("/lora-adapters", _unserved),
         at("/lora-adapters", _unserved, "POST"),
-        at("/infill", _unserved, "POST"),
     ]

@@ -164,8 +164,9 @@ class GenerateBody(Generating, kw_only=True):
     images: list[Image] | None = None
     #: The prompt as it is, without the model's chat template.
     raw: bool | None = None
-    # Refused where they ask for something.
+    #: What stands behind the answer, for models that fill in a middle.
     suffix: str | None = None
+    # Refused where they ask for something.
     template: str | None = None
     context: list[int] | None = None
     width: Number | None = None
@@ -210,7 +211,6 @@ _OFF: Final[dict[str, tuple[Any, ...]]] = {
     "mirostat": (0,),
 }
 _WHY: Final = {
-    "suffix": "no model of the bus fills in the middle through this path",
     "template": "the model's own chat template is applied; `raw: true` applies none",
     "context": "send the conversation to /api/chat as `messages`",
     "width": "the bus makes no images",
@@ -299,13 +299,11 @@ def _structure(format_: str | dict[str, Any] | None) -> http.StructuredOutputs |
 
 
 def as_completion(body: GenerateBody) -> http.CompletionRequest:
-    """A raw prompt in the words of OpenAI's completions. Raises GatewayError."""
-    if body.system:
-        raise invalid("system", "`system` needs the chat template; leave `raw` out.")
-    if body.images:
-        raise invalid("images", "`images` need the chat template; leave `raw` out.")
-    if body.think:
-        raise invalid("think", "`think` needs the chat template; leave `raw` out.")
+    """A prompt without chat template in the words of OpenAI's completions. Raises GatewayError."""
+    left_out = "`suffix`" if body.suffix else "`raw`"
+    for name in ("system", "images", "think"):
+        if getattr(body, name):
+            raise invalid(name, f"`{name}` needs the chat template; leave {left_out} out.")
     return http.CompletionRequest(
         prompt=body.prompt or "",
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,

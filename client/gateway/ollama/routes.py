@@ -43,6 +43,7 @@ from client.gateway.openai.answers import (
 from client.gateway.openai.generation import Batches, naming
 from client.gateway.openai.models import visible_models
 from client.gateway.sse import Source, until_disconnect
+from client.gateway.tokens.infill import with_suffix
 
 __all__ = ["ollama_routes"]
 
@@ -64,7 +65,7 @@ async def _generate(context: RequestContext) -> Response:
     if not body.prompt and not body.images:
         return await _loaded(context, body, {"response": ""})
     name = await _begin(context, body)
-    if not body.raw:
+    if not (body.raw or body.suffix):
         call = await _chat_call(context, body, name)
     else:
         completion = msgspec.structs.replace(bodies.as_completion(body), model=name)
@@ -75,6 +76,8 @@ async def _generate(context: RequestContext) -> Response:
             user=context.share(None),
             size_bytes=context.size_bytes,
         )
+        if body.suffix:
+            [call] = await with_suffix(context, [call], body.suffix)
     return await _answered(context, body, call, Answer(body.model, of_chat=False))
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -105,7 +105,7 @@ async def chat_completions(context: RequestContext) -> Response:
         user=context.share(body.user),
         size_bytes=context.size_bytes,
     )
-    if body.separate_reasoning is not False:
+    if body.splits_reasoning:
         call = with_thoughts(call)
     context.check(body.model, call.request.priority)
     count = body.n or 1
@@ -146,6 +146,10 @@ def _read_again(context: RequestContext, position: Position) -> Response:
         return [error_event(error, context.request_id), DONE]
 
     return rejoin.read_on(context, _KIND, position, failed)
+
+
+def _is_empty(part: Part) -> bool:
+    return not isinstance(part, tools.CallStart) and not part.text
 
 
 def _echo_of(body: ChatRequest) -> str:
@@ -190,6 +194,12 @@ class Answer:
         self._reasoning_fields = (
             context.gateway.config.reasoning_fields if body.shows_reasoning else ()
         )
+        #: Who uses SGLang's words reads the field where nothing was thought, too.
+        self._with_null = (
+            body.separate_reasoning is not None or body.stream_reasoning is not None
+        ) and "reasoning_content" in self._reasoning_fields
+        #: Thoughts that come as one piece when they are over, by choice.
+        self._held_thoughts: dict[int, str] = {}
         #: Choices whose role was sent.
         self._greeted: set[int] = set()
         self._prompt_token_ids: Sequence[int] = ()
@@ -272,6 +282,8 @@ class Answer:
         if choice.reasoning:
             for name in self._reasoning_fields:
                 setattr(message, name, choice.reasoning)
+        elif self._with_null:
+            setattr(message, "reasoning_content", None)  # noqa: B010
         if choice.calls:
             message.tool_calls = [
                 ChatCompletionMessageFunctionToolCall(
@@ -332,7 +344,7 @@ class Answer:
             if unread:
                 out.append(self._chunk(index, b'{"content":%b}' % JSON.encode(unread)))
         tokens = self._unread_tokens(event) if isinstance(event, Delta) else b""
-        for part in pieces:
+        for part in self._arranged(index, pieces, over=isinstance(event, Finish)):
             delta = self._delta(index, part)
             if delta is not None:
                 out.append(self._chunk(index, delta, tokens))
@@ -343,6 +355,19 @@ class Answer:
             reason = JSON.encode(self._choices[index].openai_finish_reason)
             how = continued(self._choices[index].continued)
             out.append(self._chunk(index, _NOTHING, how, finish_reason=reason))
+
+    def _arranged(self, index: int, pieces: Sequence[Part], *, over: bool) -> Iterator[Part]:
+        """The pieces, thoughts as they come or, if `stream_reasoning` is false, whole. `over`: none
+        follow."""
+        for part in pieces:
+            if isinstance(part, Thought) and self._body.stream_reasoning is False:
+                self._held_thoughts[index] = self._held_thoughts.get(index, "") + part.text
+                continue
+            if index in self._held_thoughts and not _is_empty(part):
+                yield Thought(self._held_thoughts.pop(index))
+            yield part
+        if over and index in self._held_thoughts:
+            yield Thought(self._held_thoughts.pop(index))
 
     def _unread_tokens(self, event: Delta) -> bytes:
         """Log probabilities and ids of the tokens that the reader does not have, as fields of a
@@ -399,6 +424,9 @@ class Answer:
         """`tokens`: further fields of the choice, see `_unread_tokens`."""
         if self._body.logprobs and not tokens.startswith(b',"logprobs"'):
             tokens = b',"logprobs":null' + tokens
+        if self._with_null and b'"reasoning_content":' not in delta:
+            comma = b"," if len(delta) > 2 else b""
+            delta = delta[:-1] + comma + b'"reasoning_content":null}'
         beside = b""
         if not self._prompt_told:
             self._prompt_told = True

@@ -84,7 +84,7 @@ async def _call(context: RequestContext, chat: ChatRequest, seed: int, place: in
         )
     except GatewayError as error:
         raise _of_chat(error, place) from None
-    return call if chat.separate_reasoning is False else with_thoughts(call)
+    return with_thoughts(call) if chat.splits_reasoning else call
 
 
 def _of_chat(error: GatewayError, place: int) -> GatewayError:

@@ -19,7 +19,7 @@ from broker.protocol.messages import TokenLogprob
 from client.gateway.bodies import aside
 from client.gateway.context import RequestContext
 from client.gateway.convert import completion_calls, seeded, wants_usage_so_far
-from client.gateway.errors import GatewayError
+from client.gateway.errors import GatewayError, invalid
 from client.gateway.openai.answers import TextChoice, best_of, pick_seed
 from client.gateway.openai.generation import (
     Batches,
@@ -44,6 +44,7 @@ from client.gateway.openai.shapes import (
 )
 from client.gateway.requests import CompletionRequest
 from client.gateway.sse import DONE, Source, until_disconnect
+from client.gateway.tokens.infill import with_suffix
 
 __all__ = ["completions"]
 
@@ -63,6 +64,10 @@ async def completions(context: RequestContext) -> Response:
         user=context.share(body.user),
         size_bytes=context.size_bytes,
     )
+    if body.suffix:
+        if body.echo:
+            raise invalid("echo", "`echo` is not served with `suffix`.")
+        prompts = await with_suffix(context, prompts, body.suffix)
     candidates = body.best_of or body.n or 1
     calls = [seeded(call, i) for call in prompts for i in range(candidates)]
     position = resumed or Position.first(_PREFIX, calls[0].request.params.seed)

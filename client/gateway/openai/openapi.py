@@ -16,7 +16,12 @@ from client.gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
 from client.gateway.batches.records import BatchRequest, CompleteRequest, UploadRequest
 from client.gateway.context import RequestContext
 from client.gateway.ids import KEPT_ID
-from client.gateway.llamacpp.bodies import LLAMACPPS_PATHS, CompletionBody, EmbeddingBody
+from client.gateway.llamacpp.bodies import (
+    LLAMACPPS_PATHS,
+    CompletionBody,
+    EmbeddingBody,
+    InfillBody,
+)
 from client.gateway.ollama.bodies import (
     ChatBody,
     EmbedBody,
@@ -74,6 +79,7 @@ _TAKES = {
     ("post", "/detokenize"): (DetokenizeRequest, "The text of tokens."),
     ("post", "/apply-template"): (TemplateRequest, "The prompt that a conversation becomes."),
     ("post", "/completion"): (CompletionBody, "llama.cpp's API: continue prompts."),
+    ("post", "/infill"): (InfillBody, "llama.cpp's API: fill in a middle."),
     ("post", "/embedding"): (EmbeddingBody, "llama.cpp's API: vectors of texts."),
     ("post", "/api/chat"): (ChatBody, "Ollama's API: answer a conversation."),
     ("post", "/api/generate"): (GenerateBody, "Ollama's API: answer or continue a prompt."),
@@ -114,6 +120,7 @@ _TAKES_NOTHING = {
     ("post", "/v1/batches/{id}/cancel"): "Run no further lines of a batch.",
     ("post", "/v1/uploads/{id}/cancel"): "Give up a file that was sent in parts.",
     ("get", "/props"): "llama.cpp's API: what a model is served with.",
+    ("get", "/tokenizer_info"): "What the tokenizer of a model tells about itself.",
     ("get", "/api/tags"): "Ollama's API: the models of the bus.",
     ("get", "/api/ps"): "Ollama's API: the models that are ready.",
     ("get", "/api/version"): "Ollama's API: the release that it follows.",
@@ -126,7 +133,14 @@ _TAKES_NOTHING = {
     ("get", "/metrics"): "Metrics in Prometheus' format.",
 }
 #: Beginnings of paths that stream events.
-_STREAMED = ("/v1/chat", "/v1/completions", "/v1/responses", "/v1/messages", "/completion")
+_STREAMED = (
+    "/v1/chat",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/completion",
+    "/infill",
+)
 _INCLUDE = {"type": "array", "items": {"enum": list(INCLUDABLE)}}
 _LIMIT = {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}
 _QUERY: dict[str, dict[str, dict[str, Any]]] = {
@@ -173,6 +187,7 @@ _QUERY: dict[str, dict[str, dict[str, Any]]] = {
         "key": {"type": "string"},
     },
     "/props": {"model": {"type": "string"}},
+    "/tokenizer_info": {"model": {"type": "string"}},
     "/metrics": {"scope": {"enum": ["all", "gateway"], "default": "all"}},
 }
 #: Of a file that is sent, and of a part of one.
@@ -324,9 +339,7 @@ def _operation(path: str, words: str, query: dict[str, dict[str, Any]]) -> dict[
     media = ["text/plain"] if path in ("/health", "/metrics") else ["application/json"]
     if path.endswith("/content"):
         media = ["application/octet-stream"]
-    if path.startswith(
-        ("/v1/chat", "/v1/completions", "/v1/responses", "/v1/messages", "/completion")
-    ):
+    if path.startswith(_STREAMED):
         media.append("text/event-stream")
     of_ollama = path.startswith("/api/")
     if of_ollama:

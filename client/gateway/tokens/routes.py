@@ -72,6 +72,29 @@ async def _tokenize(context: RequestContext) -> Response:
     )
 
 
+async def _tokenizer_info(context: RequestContext) -> Response:
+    """What the tokenizer of a model tells about itself, in vLLM's shape."""
+    for name in context.request.query_params:
+        if name != "model":
+            raise invalid(name, f"`{name}` is not a parameter of this endpoint; remove it.")
+    given = context.request.query_params.get("model", "")
+    name = context.gateway.config.served_name(given) if given else await context.only_model()
+    model = _allowed(context, name)
+    request = request_of(
+        context,
+        model,
+        Kind.TOKENIZE,
+        prompt="",
+        tokenize_args={"add_special_tokens": False, "tokenizer": True},
+    )
+    end = await ask(context, request, (), "model")
+    told = (end.result or {}).get("tokenizer")
+    if not told:
+        raise invalid("model", f"`model`: the engine of {model!r} does not tell of its tokenizer.")
+    found = find_model(await visible_models(context), model)
+    return _json({**told, "model": model, "max_model_len": found["context_tokens"] or 0})
+
+
 async def _detokenize(context: RequestContext) -> Response:
     body = await context.read(DetokenizeRequest)
     model, text = _allowed(context, body.model), ""
@@ -150,7 +173,11 @@ def token_routes() -> list[Route]:
         "/chat/completions/input_tokens": _chat_tokens,
     }
     return [
-        route(f"{prefix}{path}", handler, "POST", counted=True)
-        for path, handler in handlers.items()
-        for prefix in ("", "/v1")
+        *(
+            route(f"{prefix}{path}", handler, "POST", counted=True)
+            for path, handler in handlers.items()
+            for prefix in ("", "/v1")
+        ),
+        route("/tokenizer_info", _tokenizer_info, counted=True),
+        route("/v1/tokenizer_info", _tokenizer_info, counted=True),
     ]

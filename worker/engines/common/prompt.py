@@ -27,11 +27,14 @@ from worker.engines.common.failures import is_out_of_memory, one_line
 from worker.engines.common.footprint import Footprint
 from worker.engines.common.images import DecodedImage, ImageLimits, decode_image
 from worker.engines.common.template import RAW_PLACEHOLDER, ChatTemplate
+from worker.engines.common.tokenizer_facts import infill_tokens, tokenizer_facts
 
 __all__ = ["ALIGNED", "Encoded", "Prompt", "PromptBuilder"]
 
 ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 """Processor outputs with one entry for each prompt token."""
+
+_TOKENIZE_ARGUMENTS = frozenset(("add_special_tokens", "return_tokens", "tokenizer", "infill"))
 
 
 @dataclass(slots=True)
@@ -131,12 +134,13 @@ class PromptBuilder:
         return len(self._unfitted(job).ids)
 
     def tokenized(self, job: Job) -> dict[str, Any]:
-        """Token ids of a text or of messages, and the tokens themselves where asked for
-        (kind tokenize)."""
+        """Token ids of a text or of messages, and where asked for the tokens themselves and what
+        is known of the tokenizer (kind tokenize)."""
         arguments = job.request.tokenize_args
-        unknown = sorted(set(arguments) - {"add_special_tokens", "return_tokens"})
+        unknown = set(arguments) - _TOKENIZE_ARGUMENTS
         if unknown or not all(isinstance(value, bool) for value in arguments.values()):
-            raise _invalid("tokenize_args: add_special_tokens and return_tokens, true or false")
+            names = ", ".join(sorted(_TOKENIZE_ARGUMENTS))
+            raise _invalid(f"tokenize_args: {names}, each true or false")
         if arguments.get("add_special_tokens", True):
             ids = self._unfitted(job).ids
         else:
@@ -151,8 +155,17 @@ class PromptBuilder:
         result: dict[str, Any] = {"token_ids": ids}
         if arguments.get("return_tokens"):
             with self._lock:
-                result["tokens"] = list(map(str, self._tokenizer.convert_ids_to_tokens(ids)))
+                result["tokens"] = [self._name(id_) for id_ in ids]
+        with self._lock:
+            if arguments.get("tokenizer"):
+                result["tokenizer"] = tokenizer_facts(self._facts)
+            if arguments.get("infill"):
+                result["infill"] = infill_tokens(self._tokenizer)
         return result
+
+    def _name(self, token_id: int) -> str:
+        name = self._tokenizer.convert_ids_to_tokens(token_id)
+        return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
     def detokenised(self, token_ids: list[int]) -> str:
         """Text of token ids (kind detokenize)."""

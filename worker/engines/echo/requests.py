@@ -44,6 +44,10 @@ def image_size(data: bytes) -> str:
     return f"{len(data)} bytes"
 
 
+INFILL: Final = {"prefix": 1, "suffix": 2, "middle": 3, "file": 28}
+"""Control characters, which texts rarely have; an echo shows them."""
+
+
 def required(value: Any, request: Request) -> Any:
     if value is None:
         raise RequestError(
@@ -101,6 +105,8 @@ def answer_about(job: Job, prompt: str, prompt_ids: list[int]) -> Ended:
     result = results[job.request.kind]
     if job.request.kind is Kind.TOKENIZE and job.request.tokenize_args.get("return_tokens"):
         result["tokens"] = [token_bytes(id_).decode(errors="replace") for id_ in prompt_ids]
+    if job.request.kind is Kind.TOKENIZE and job.request.tokenize_args.get("infill"):
+        result["infill"] = INFILL
     return Ended(
         job.request_id,
         FinishReason.STOP,
