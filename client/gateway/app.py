@@ -104,7 +104,7 @@ def create_app(config: Config) -> Starlette:
         Folder(config.batch_folder).shut()
     responses = None
     if config.response_folder is not None:
-        responses = ResponseFolder(config.response_folder)
+        responses = ResponseFolder(config.response_folder, config.response_bytes)
         responses.open()
     signer = _signer(config)
 

@@ -185,6 +185,9 @@ class Config:
         "folder of stored responses; gateways that share it go on with each other's",
         "FOLDER",
     )
+    response_bytes: int = _option(
+        _at_least_one, 4 << 30, "disk for the response folder; the oldest make room, bytes", "N"
+    )
     batch_concurrency: int = _option(
         _at_least_one, 256, "lines of batches at once; fewer where workers run fewer", "N"
     )

@@ -3,6 +3,8 @@ reads it, goes on from it, and finishes it behind the last event that any reader
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,7 +175,7 @@ def test_a_record_is_what_was_asked_with_every_kind_of_field() -> None:
 
 
 def test_an_event_that_was_cut_is_none_and_the_lock_is_of_one(tmp_path: Path) -> None:
-    folder = ResponseFolder(tmp_path)
+    folder = ResponseFolder(tmp_path, 1 << 30)
     id_ = f"resp_{'0' * 40}"
     body = ResponseRequest(model="m", input="x")
     record = Record(owner="o", body=body, chat=as_chat(body, []), size_bytes=1)
@@ -188,3 +190,56 @@ def test_an_event_that_was_cut_is_none_and_the_lock_is_of_one(tmp_path: Path) ->
         Journal(tmp_path / f"{id_}.events")
     found.journal.close()
     assert folder.find(id_, "other") is None and folder.find("resp_/../x", "o") is None
+
+
+def test_the_oldest_that_are_over_make_room_and_none_that_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = ResponseFolder(tmp_path, 1 << 30)
+    body = ResponseRequest(model="m", input="x" * 1000)
+    record = Record(owner="o", body=body, chat=as_chat(body, []), size_bytes=1)
+    over = msgspec.structs.replace(record, final={"id": "x"})
+    ids = [f"resp_{number:040x}" for number in range(6)]
+    running, resting, *ended = ids
+    runs = folder.begin(running, record)
+    rests = folder.begin(resting, record)
+    assert runs is not None and rests is not None
+    rests.close()  # its gateway was lost
+    for id_ in ended:
+        journal = folder.begin(id_, over)
+        assert journal is not None
+        journal.add([b"data: x\n\n"])
+        journal.close()
+    for age, id_ in enumerate(reversed(ids)):
+        for path in tmp_path.glob(f"{id_}.*"):
+            os.utime(path, (time.time() - 100 + age,) * 2)
+    each_bytes = sum(path.stat().st_size for path in tmp_path.glob(f"{ended[0]}.*"))
+    # `ended[-1]` is the oldest of all.
+    folder.tidy()
+    assert len([id_ for id_ in ids if folder.has(id_)]) == 6
+    with caplog.at_level("WARNING", "tokenbus.gateway"):
+        folder.max_bytes = round(4.5 * each_bytes)
+        folder.tidy()
+        assert [id_ for id_ in ids if folder.has(id_)] == ids[:4]
+        folder.max_bytes = 1
+        folder.tidy()
+        assert [id_ for id_ in ids if folder.has(id_)] == [running]
+    assert len(caplog.messages) == 1 and "--response-bytes" in caplog.messages[0]
+    assert {path.stem for path in tmp_path.iterdir()} == {running}
+    runs.close()
+
+
+def test_one_that_rests_goes_after_those_that_are_over(tmp_path: Path) -> None:
+    folder = ResponseFolder(tmp_path, 1 << 30)
+    body = ResponseRequest(model="m", input="x")
+    record = Record(owner="o", body=body, chat=as_chat(body, []), size_bytes=1)
+    resting, over = (f"resp_{number:040x}" for number in range(2))
+    journal = folder.begin(resting, record)
+    assert journal is not None
+    journal.close()
+    assert folder.keep(over, msgspec.structs.replace(record, final={"id": "x"}))
+    for path in tmp_path.glob(f"{resting}.*"):
+        os.utime(path, (time.time() - 100,) * 2)
+    folder.max_bytes = sum(path.stat().st_size for path in tmp_path.iterdir()) - 1
+    folder.tidy()
+    assert folder.has(resting) and not folder.has(over)

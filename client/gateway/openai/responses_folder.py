@@ -5,8 +5,9 @@
 
 What is over is read, gone on from and deleted at any of them. An event is in the file before any
 reader gets it: a gateway that finds the lock free finishes the response behind the last one, and
-the numbers that readers know stay those of their events. Must never hold a response up: a folder
-that cannot be written is told in the log, and the response is then its gateway's alone.
+the numbers that readers know stay those of their events. When the folder is full, the oldest that
+are over make room. Must never hold a response up: a folder that cannot be written is told in the
+log, and the response is then its gateway's alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ _ID: Final = re.compile(r"resp_[0-9a-f]{40}")
 KEPT_S: Final = 30 * 24 * 3600.0
 """How long a response is in the folder, as at OpenAI."""
 TIDY_S: Final = 3600.0
+_LOOK_S: Final = 10.0
+#: Of its bound the folder is looked through again after so much was written here.
+_LOOK_SHARE: Final = 64
+#: And so much of it is free when room was made.
+_FREE_SHARE: Final = 16
 
 
 class Record(Struct, kw_only=True):
@@ -54,7 +60,14 @@ class Record(Struct, kw_only=True):
     final: dict[str, Any] | None = None
 
 
+class _Ending(Struct):
+    """Whether a record's response is over."""
+
+    final: msgspec.Raw = msgspec.Raw(b"null")
+
+
 _DECODER: Final = msgspec.json.Decoder(Record)
+_ENDING: Final = msgspec.json.Decoder(_Ending)
 
 
 class Journal:
@@ -111,12 +124,25 @@ class Found:
 
 
 @dataclass(slots=True)
+class _Entry:
+    """A response's files, as far as they are there."""
+
+    id: str
+    size_bytes: int = 0
+    written_s: float = 0.0
+
+
+@dataclass(slots=True)
 class ResponseFolder:
     """The folder."""
 
     path: Path
+    max_bytes: int
     #: While one is taken in, so that no two requests take the same.
     taking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: Since it was looked through.
+    _written_bytes: int = 0
+    _told_full: bool = False
 
     def open(self) -> None:
         """Make it, and forget what is old. Raises ConfigError."""
@@ -141,9 +167,13 @@ class ResponseFolder:
         place = self._record_of(id_)
         beside = place.with_suffix(f".{os.getpid()}")
         try:
+            data = msgspec.json.encode(record)
             beside.touch(0o600)
-            beside.write_bytes(msgspec.json.encode(record))
+            beside.write_bytes(data)
             beside.rename(place)
+            with contextlib.suppress(FileNotFoundError):
+                self._written_bytes += self._events_of(id_).stat().st_size
+            self._written_bytes += len(data)
         except OSError as error:
             log.error("--response-folder cannot be written: %s", error.strerror)
             return False
@@ -186,17 +216,80 @@ class ResponseFolder:
             path.unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Forget what is older than `KEPT_S`."""
-        until_s = time.time() - KEPT_S
+        """Forget what is older than `KEPT_S`, and what is too much."""
+        self._written_bytes = 0
+        until_s, entries = time.time() - KEPT_S, dict[str, _Entry]()
         for path in self.path.iterdir():
+            if _ID.fullmatch(path.stem) is None:
+                continue
             with contextlib.suppress(FileNotFoundError):
-                if _ID.fullmatch(path.stem) and path.stat().st_mtime < until_s:
+                found = path.stat()
+                if found.st_mtime < until_s:
                     path.unlink()
+                    continue
+                entry = entries.setdefault(path.stem, _Entry(path.stem))
+                entry.size_bytes += found.st_size
+                entry.written_s = max(entry.written_s, found.st_mtime)
+        used_bytes = sum(entry.size_bytes for entry in entries.values())
+        if used_bytes > self.max_bytes:
+            oldest_first = sorted(entries.values(), key=lambda entry: entry.written_s)
+            self._make_room(oldest_first, used_bytes)
+
+    def _make_room(self, entries: Sequence[_Entry], used_bytes: int) -> None:
+        """Remove the oldest responses that are over; then those that nobody finished when their
+        gateway was lost."""
+        if not self._told_full:
+            self._told_full = True
+            log.warning(
+                "--response-folder is full (%d of %d bytes, --response-bytes): the oldest "
+                "responses make room from now on",
+                used_bytes,
+                self.max_bytes,
+            )
+        enough_bytes = self.max_bytes - self.max_bytes // _FREE_SHARE
+        left = list(entries)
+        for may_be_open in (False, True):
+            kept: list[_Entry] = []
+            for entry in left:
+                if used_bytes > enough_bytes and self._remove(entry.id, may_be_open=may_be_open):
+                    used_bytes -= entry.size_bytes
+                else:
+                    kept.append(entry)
+            left = kept
+
+    def _remove(self, id_: str, *, may_be_open: bool) -> bool:
+        """Forget a response that no gateway makes; whether that is so. `may_be_open`: even if it is
+        not over."""
+        journal = None
+        try:
+            if self._events_of(id_).exists():
+                journal = Journal(self._events_of(id_))
+            if not (may_be_open or self._is_over(id_)):
+                return False
+            self.drop(id_)
+            return True
+        except OSError:  # being made, or gone
+            return False
+        finally:
+            if journal is not None:
+                journal.close()
+
+    def _is_over(self, id_: str) -> bool:
+        try:
+            ending = _ENDING.decode(self._record_of(id_).read_bytes())
+        except (FileNotFoundError, msgspec.DecodeError):
+            return True  # of no use to anybody
+        return bytes(ending.final) != b"null"
 
     async def tidy_loop(self) -> None:
         """Until cancelled."""
+        tidied_s = time.monotonic()
         while True:
-            await asyncio.sleep(TIDY_S)
+            await asyncio.sleep(_LOOK_S)
+            due = time.monotonic() - tidied_s >= TIDY_S
+            if not due and self._written_bytes < self.max_bytes // _LOOK_SHARE:
+                continue
+            tidied_s = time.monotonic()
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(self.tidy)
 
