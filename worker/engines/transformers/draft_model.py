@@ -1,9 +1,9 @@
 """A small model with the vocabulary of a large one, which drafts what the large one verifies.
 
-It has a slot cache of its own, whose rows stand in the order of those of the step, and catches up
-with what was said since its last draft. Its tokens are drawn with the seeds and positions of the
-requests, so where the two models agree, sampled drafts are right as well. Must never decide what is
-drafted, and is never needed: whatever it lacks, the answer goes on without.
+It has a slot cache of its own, whose rows are in the order of the step's, and catches up with what
+was generated since its last draft. Its tokens are drawn with the seeds and positions of the
+requests, so where the two models agree, sampled drafts are right as well. Must never decide whether
+to draft, and must never be needed: if it cannot draft, answers go on without it.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ __all__ = ["DraftModel", "check_vocabulary"]
 log = logging.getLogger(__name__)
 
 CATCH_UP_TOKENS = 256
-"""Tokens of a prompt that it computes in one step."""
+"""Most tokens of texts that it computes in one step to catch up."""
 
 FORGET = 0.7
-"""Weight of earlier measurements of a drafted token at each new one."""
+"""Factor by which earlier measurements of a drafted token's time fade with each new one."""
 
 GUESSED_MS = 1.0
-"""A drafted token, until one was measured."""
+"""Time of a drafted token, until one has been measured."""
 
 
 @dataclass(slots=True)
 class _Row:
-    """A request as this model has computed it."""
+    """A request, and what this model has computed of it."""
 
     sequence: Sequence
     #: The same text, ending in drafted tokens.
     probe: Sequence
-    #: So many tokens of the answer are known to be the request's own.
+    #: How many tokens of the probe's answer are known to equal the request's.
     agreed: int = 0
 
     def follow(self) -> None:
-        """Take what was said since the last draft, and forget drafts that were wrong."""
+        """Append what was generated since the last draft, and drop drafts that were wrong."""
         answer, drafted = self.sequence.answer, self.probe.answer
         same = self.agreed
         most = min(len(answer), len(drafted))
@@ -78,7 +78,7 @@ class DraftModel:
         if loaded.rope is not None:
             self._longest = min(self._longest, loaded.rope.unchanged_tokens - 1)
         self._banned = sorted(loaded.placeholder_ids)
-        #: Seconds of its own work: drawn tokens are waited for.
+        #: Seconds; on an accelerator the wall clock, since drafting waits for every drawn token.
         self.clock = time.thread_time if loaded.device.type == "cpu" else time.perf_counter
         self._sampler: Sampler | None = None
         self._rows: list[_Row] = []
@@ -90,7 +90,7 @@ class DraftModel:
         return self._token_ms or GUESSED_MS
 
     def draft(self, sequences: list[Sequence], tokens: int) -> list[list[int]] | None:
-        """`tokens` drafted tokens for each row of a step; None if it cannot now."""
+        """`tokens` drafted tokens for each row of a step; None if it cannot draft now."""
         if self._off or any(sequence.prompt.media for sequence in sequences):
             return None
         longest = max(sequence.total for sequence in sequences) + tokens
@@ -104,13 +104,13 @@ class DraftModel:
             self._rows.clear()
             if not is_out_of_memory(error):
                 raise
-            log.warning("memory is too short for the draft model: %s", one_line(error))
+            log.warning("too little memory for the draft model: %s", one_line(error))
             release_cached(self.forward.device)
             self._off = True
             return None
 
     def _arrange(self, sequences: list[Sequence], longest: int) -> bool:
-        """Give every sequence the row that it has in the step. False if there is no memory."""
+        """Give every sequence the same row as in the step. False if there is too little memory."""
         used = max((row.probe.filled for row in self._rows), default=0)
         most = len(self._rows) + len(sequences)
         if not self.cache.reserve(most, longest, len(self._rows), used):
@@ -132,7 +132,8 @@ class DraftModel:
         return True
 
     def _catch_up(self) -> bool:
-        """Compute what each row lacks before its last token. False if some is still missing."""
+        """Compute the tokens that each row lacks before its last one. False if some are still
+        missing."""
         room = CATCH_UP_TOKENS
         for place, row in enumerate(self._rows):
             row.follow()
@@ -158,7 +159,7 @@ class DraftModel:
             for probe, draft, drawn in zip(
                 probes, drafts, self._sampler.sample(logits, drawing), strict=True
             ):
-                # Without a token to draw, any one will do: it is verified.
+                # If none could be drawn, any token will do: it is verified.
                 token_id = max(drawn.token_id, 0)
                 draft.append(token_id)
                 probe.answer.append(token_id)
@@ -174,9 +175,9 @@ def _probe(sequence: Sequence) -> Sequence:
 
 
 def check_vocabulary(target: LoadedModel, draft: LoadedModel) -> None:
-    """Raise `EngineLoadError` unless the tokens of both models are the same, by number and text."""
+    """Raise `EngineLoadError` unless the tokens of both models have the same ids and texts."""
     if draft.embedding_only or draft.encoder_decoder or draft.head is not None or draft.labels:
-        raise EngineLoadError("--draft-model: not a model that continues a text")
+        raise EngineLoadError("--draft-model: it must be a model that continues a text")
     own, other = (_tokens(one) for one in (target, draft))
     differing = [text for text in own.keys() & other.keys() if own[text] != other[text]]
     differing += [text for text in own.keys() ^ other.keys()]
@@ -184,14 +185,14 @@ def check_vocabulary(target: LoadedModel, draft: LoadedModel) -> None:
         example = min(differing, key=lambda text: (len(text), text))
         raise EngineLoadError(
             "--draft-model: its vocabulary is not that of the model it drafts for: "
-            f"{len(differing)} tokens differ, such as {example!r} (number "
-            f"{own.get(example, 'none')} there, {other.get(example, 'none')} here); a draft model "
-            "is one of the same family"
+            f"{len(differing)} tokens differ, such as {example!r} (id "
+            f"{other.get(example, 'none')} instead of {own.get(example, 'none')}); choose a model "
+            "of the same family"
         )
     if draft.embedding_rows < min(target.embedding_rows, max(own.values(), default=0) + 1):
         raise EngineLoadError(
-            f"--draft-model: it reads {draft.embedding_rows} tokens, and the model that it "
-            f"drafts for writes {target.vocabulary}"
+            f"--draft-model: it has embeddings for {draft.embedding_rows} tokens, but the model "
+            f"that it drafts for generates {target.vocabulary}"
         )
 
 

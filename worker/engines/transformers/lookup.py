@@ -17,21 +17,22 @@ SMALLEST_MATCH = 3
 """Tokens that must have occurred before; two occur too often by chance."""
 
 LONGEST_MATCH = 32
-"""Occurrences that agree in so many tokens are equally good: then the latest one counts."""
+"""Occurrences that agree in this many tokens are considered equal: the latest one is used."""
 
 LONG_MATCH = 8
-"""After a match of so many tokens the text is taken for a copy."""
+"""After a match of this many tokens, the text is considered a copy."""
 
 CHANGED_TOKENS = 4
-"""So many tokens of a copy may differ before it goes on where it would have gone on."""
+"""For up to this many tokens that differ from its source, a copy is expected to resume at the
+corresponding place."""
 
 OCCURRENCES = 8
-"""So many of the latest occurrences are compared."""
+"""How many of the latest occurrences are compared."""
 
 _ID_BITS = 21
 _ID_MASK = (1 << _ID_BITS) - 1
 _KEY_MASK = (1 << SMALLEST_MATCH * _ID_BITS) - 1
-"""An n-gram's key is the low bits of its ids; what it finds is compared token by token."""
+"""An n-gram's key consists of the low bits of its ids; what it finds is compared token by token."""
 
 
 class LookupIndex:
@@ -40,10 +41,10 @@ class LookupIndex:
 
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         self._ids = list(prompt_ids)
-        #: Where each n-gram was seen last, by key; and for each end of one where the same was seen
-        #: before, or -1. The n-gram at the end of the text is not among them yet.
+        #: By key, where each n-gram last ended; and for each place, where the n-gram that ends
+        #: there ended before, or -1. The n-gram at the end of the text is not included yet.
         self._latest, self._before = _indexed(self._ids)
-        #: How far behind the text the last copy is from its source, and where it was last seen.
+        #: Distance of the last copy from its source, and the last place where they agreed.
         self._copied, self._copied_at = 0, -CHANGED_TOKENS - 1
         #: The key of the n-gram at the end of the text.
         self._key = 0
@@ -55,7 +56,7 @@ class LookupIndex:
         return len(self._ids)
 
     def extend(self, token_ids: Iterable[int]) -> None:
-        """Take the next tokens of the answer."""
+        """Append the next tokens of the answer."""
         for token_id in token_ids:
             end = len(self._ids) - 1
             if end >= SMALLEST_MATCH - 1:
@@ -68,12 +69,13 @@ class LookupIndex:
 
     @property
     def repeats(self) -> bool:
-        """Whether the end of the text may have occurred before, or goes on after a copy."""
+        """Whether the end of the text may have occurred before, or is close behind a copy."""
         return self._key in self._latest or len(self._ids) - 1 - self._copied_at <= CHANGED_TOKENS
 
     def draft(self, most: int) -> tuple[list[int], int]:
-        """At most `most` tokens that may come next, and how many tokens before them agree: none
-        behind a change in a copy. Nothing if the end of the text did not occur before."""
+        """At most `most` tokens that may come next, and the length of the match that precedes
+        them: 0 after a change in a copy. No tokens if the end of the text has not occurred
+        before."""
         last = len(self._ids) - 1
         source, matched = self._source(last)
         if source < 0 or most < 1:
@@ -86,7 +88,8 @@ class LookupIndex:
         return draft, matched
 
     def _source(self, last: int) -> tuple[int, int]:
-        """Where what may come next follows, or -1, and how many tokens agree there."""
+        """The place after which the continuation is found, or -1, and the length of the match that
+        ends there."""
         end = self._latest.get(self._key, -1)
         source, longest = -1, SMALLEST_MATCH - 1
         for _ in range(OCCURRENCES if end >= 0 else 0):
@@ -104,7 +107,7 @@ class LookupIndex:
         return source, longest
 
     def _agreeing(self, end: int, last: int) -> int:
-        """Number of equal tokens before and at two places."""
+        """How many tokens are equal up to and including two places."""
         ids, count = self._ids, 0
         most = min(end + 1, LONGEST_MATCH)
         while count < most and ids[end - count] == ids[last - count]:
@@ -113,7 +116,7 @@ class LookupIndex:
 
 
 def _indexed(ids: list[int]) -> tuple[dict[int, int], list[int]]:
-    """All n-grams of a text but the last one, as in `LookupIndex`."""
+    """All n-grams of a text but the last one, in the form that `LookupIndex` keeps."""
     count = len(ids) - SMALLEST_MATCH
     before = np.full(max(len(ids) - 1, 0), -1, np.int64)
     if count < 1:

@@ -14,23 +14,23 @@ __all__ = ["SMALLEST_PIECE", "PrefillCostModel", "StepBudget"]
 
 SMALLEST_PIECE = 8
 LARGEST_FLOOR = 32
-"""Tokens. Pieces are at least as large as costs as much as a forward by itself, between these two:
-smaller ones would cost the prompts more than they spare the streams. A bound below the cost of such
-a piece cannot be met: prompts must make progress."""
+"""Tokens. The smallest piece worth computing is one whose tokens cost as much as the constant part
+of its forward, but at least and at most this many: smaller pieces would cost the prompts more than
+they spare the streams. A bound below the cost of such a piece cannot be met, because prompts must
+make progress."""
 
 MARGIN = 0.8
-"""Fraction of the bound to aim at, since the learned costs are accurate only within some
-percent."""
+"""Fraction of the bound to aim at: the learned costs are only accurate to within a few percent."""
 
 FORGET = 0.93
-"""Weight of older measurements at each new one: about the last 14 count."""
+"""Factor by which older measurements fade with each new one: about the last 14 count."""
 
 RELAX = 0.3
 """How fast a misprediction is forgotten."""
 
 WORST_SURPRISE = 2.0
 """A step that took longer than predicted shrinks the next ones by at most this factor: a short
-interruption by another program is no reason to crawl."""
+interruption by another program must not slow prefill to a crawl."""
 
 SWEEPS = 30
 """Sweeps of coordinate descent per measurement; it starts from the last solution."""
@@ -52,19 +52,19 @@ class PrefillCostModel:
 
     @property
     def known(self) -> bool:
-        """Whether anything was measured."""
+        """Whether anything has been measured."""
         return any(self._costs)
 
     def predicted_ms(self, tokens: int, start: int, rows: float = 1) -> float:
-        """Predicted time for computing `tokens` tokens after `start` others. With `rows` prompts at
-        once, they have that many tokens together, each after `start` of its own."""
+        """Predicted milliseconds for a piece of `tokens` tokens that follow `start` computed ones.
+        With several `rows`, `tokens` is their sum, and each row has `start` of its own."""
         parts = _parts(tokens, start, rows)
         return sum(cost * part for cost, part in zip(self._costs, parts, strict=True))
 
     def tokens(self, start: int, left_ms: float, most: int, each: int = 0) -> int:
-        """How many tokens after `start` others can be computed in `left_ms` of a step, at most
-        `most`; 0 if that is less than the floor of a piece. `each`: they are those of several
-        prompts, with so many tokens each."""
+        """How many tokens that follow `start` computed ones fit into `left_ms`, at most `most`; 0
+        if that is less than the smallest piece. `each`: they belong to several prompts, with this
+        many tokens each; 0 for one prompt."""
         if not self.known:
             return most
         room_ms = left_ms / self._surprise
@@ -74,15 +74,15 @@ class PrefillCostModel:
             room_ms,
             key=lambda size: self.predicted_ms(size, start, max(size / each, 1) if each else 1),
         )
-        # Short prompts say little about the constant part: for a piece larger than any before,
-        # assume that all of the cost grows with its tokens.
+        # Short prompts say little about the constant part: for a piece larger than any so far,
+        # assume that its whole cost is proportional to its tokens.
         largest, took_ms = self._largest
         if fitting > largest:
             fitting = min(fitting, max(largest, int(largest * room_ms / took_ms)))
         return fitting if fitting >= min(self.floor(start), most) else 0
 
     def floor(self, start: int) -> int:
-        """Tokens of the smallest piece after `start` others: they cost as much as its forward."""
+        """The smallest piece, in tokens, that may follow `start` computed ones."""
         forward, token, attention = self._costs
         each = token + attention * start
         if forward >= LARGEST_FLOOR * each:
@@ -90,7 +90,7 @@ class PrefillCostModel:
         return max(SMALLEST_PIECE, int(forward / each))
 
     def learn(self, tokens: int, start: int, spent_ms: float, rows: int = 1) -> None:
-        """Record that a piece took `spent_ms` (see `predicted_ms`)."""
+        """Record that a piece took `spent_ms`; for the other arguments see `predicted_ms`."""
         if tokens < 1 or spent_ms <= 0:
             return
         if self.known:
@@ -109,7 +109,7 @@ class PrefillCostModel:
         self._solve(first=not self.known)
 
     def _solve(self, *, first: bool) -> None:
-        """Solve for the costs by least squares, none below zero."""
+        """Solve for the costs by least squares, keeping all of them at zero or above."""
         # One measurement cannot separate the costs: attribute all of it to the tokens.
         for _ in range(SWEEPS):
             for i in (1,) if first else (1, 0, 2):
@@ -119,30 +119,32 @@ class PrefillCostModel:
 
 
 class StepBudget:
-    """The budget of one step for prompts."""
+    """What one step may spend on prefill: tokens and milliseconds."""
 
     def __init__(self, pace: PrefillCostModel, tokens: int, bound_ms: float) -> None:
         self._pace = pace
         #: Tokens still to be spent.
         self.tokens = tokens
         self._left_ms = bound_ms * MARGIN
-        #: Whether something was spent.
+        #: Whether anything has been spent.
         self.begun = False
 
     def tighten(self, bound_ms: float, spent_ms: float) -> None:
-        """From now on a stream waits for tokens; `spent_ms` of the step are over."""
+        """A stream is now waiting for its next token: apply its bound, of which `spent_ms` have
+        passed."""
         self._left_ms = min(self._left_ms, bound_ms * MARGIN - spent_ms)
 
     def piece(self, start: int, each: int = 0) -> int:
-        """How many tokens may follow `start` others now, of several prompts with `each` if that is
-        given. Never zero for a whole step: prompts must make progress."""
+        """How many tokens may be computed now after `start` computed ones (`each`: see
+        `PrefillCostModel.tokens`). Not 0 until something has been spent: prompts must make
+        progress."""
         if self.tokens <= 0:
             return 0
         fitting = self._pace.tokens(start, self._left_ms, self.tokens, each)
         return fitting or (0 if self.begun else min(self._pace.floor(start), self.tokens))
 
     def fits(self, ms: float) -> bool:
-        """Whether something else that takes so long may be done now."""
+        """Whether other work that takes `ms` milliseconds may be done now."""
         return not self.begun or ms <= self._left_ms
 
     def spend(self, tokens: int, spent_ms: float) -> None:

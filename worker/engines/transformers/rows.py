@@ -31,7 +31,7 @@ class RowAdapters:
         self._watch()
 
     def _watch(self) -> None:
-        """See every layer that peft put into the model."""
+        """Hook into every layer that peft has put into the model."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for module in self._model.modules():

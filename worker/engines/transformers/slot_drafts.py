@@ -1,4 +1,4 @@
-"""Drafts for the rows of a step: which tokens may be asked for, and what became of them.
+"""Drafts for the rows of a step: which tokens are worth verifying, and how many were right.
 
 Must never run the model or sample.
 """
@@ -23,7 +23,7 @@ __all__ = ["SlotDrafts", "StepDrafts"]
 
 @dataclass(slots=True)
 class StepDrafts:
-    """What a step verifies: a draft for each row, all rows with the same number of tokens."""
+    """What a step verifies: a draft for each row. All rows compute `width` tokens."""
 
     width: int
     drafts: list[Draft]
@@ -45,12 +45,12 @@ class SlotDrafts:
         self._model = model
         self._banned = banned_ids
         self._longest = longest
-        #: Milliseconds that the draft model has taken for the step in hand.
+        #: Milliseconds that the draft model has taken for the current step.
         self._drafted_ms = 0.0
 
     def plan(self, sequences: list[Sequence], capacity: int) -> StepDrafts | None:
         """Drafts for the next step of these rows, in a cache with room for `capacity` tokens in
-        each; None if it computes one token of each as usual."""
+        each; None if the step should compute one token per row as usual."""
         self._drafted_ms = 0.0
         if not self.speculator.worth_drafting(len(sequences)):
             return None
@@ -88,7 +88,8 @@ class SlotDrafts:
         room: int,
         otherwise: Width,
     ) -> tuple[Width, list[Draft]] | None:
-        """A plan with drafts by the model where look-up found none, if it promises more."""
+        """A width and drafts in which the draft model fills in where look-up found nothing; None
+        if that promises no more than `otherwise`."""
         limits = [self._limit(sequence, room) for sequence in sequences]
         promised = [
             draft if draft.token_ids or limit < 1 else Draft([0] * limit, BY_MODEL)
@@ -107,7 +108,8 @@ class SlotDrafts:
 
     @staticmethod
     def _limit(sequence: Sequence, room: int) -> int:
-        """How many tokens a draft may have. The last one of an answer is drawn after any draft."""
+        """How many tokens a draft may have: a step draws one more than its draft, which must not
+        exceed what is left of the answer."""
         left = sequence.max_tokens - len(sequence.answer) - 1
         return max(min(room, WIDTHS[-1], left + 1) - 1, 0)
 
@@ -120,16 +122,16 @@ class SlotDrafts:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that a draft model keeps for each token."""
+        """Bytes of the draft model's KV cache for each token; 0 without a draft model."""
         return 0 if self._model is None else self._model.cache.token_bytes
 
     def limit(self, tokens: int) -> None:
-        """Limit what a draft model keeps, over all rows."""
+        """Limit the draft model's KV cache to so many tokens over all rows."""
         if self._model is not None:
             self._model.cache.budget = tokens
 
     def counts(self) -> dict[str, int]:
-        """For `RunnerCounts`."""
+        """The fields of `RunnerCounts` about drafts."""
         speculator = self.speculator
         return {
             "draft_tokens": speculator.draft_tokens,
@@ -137,13 +139,14 @@ class SlotDrafts:
         }
 
     def out_of_memory(self, rows: int, step: StepDrafts) -> None:
-        """There was no memory for a step of so many rows: none is as large any more."""
+        """A step of so many rows ran out of memory: from now on, steps are smaller."""
         self.speculator.limit(rows * step.width - 1)
 
     def took(
         self, sequences: list[Sequence], step: StepDrafts | None, accepted: list[int], ms: float
     ) -> None:
-        """A step took that long; `accepted` draft tokens of each row were right."""
+        """A step (None: without drafts) took `ms` milliseconds, and `accepted` tokens of each row's
+        draft were right."""
         tokens, width, drafted_ms = len(sequences) + sum(accepted), 1, self._drafted_ms
         if step is not None:
             width = step.width

@@ -1,4 +1,4 @@
-"""The prompts of a step: which of them are computed, how much of each, together or one by one.
+"""Prefill: which prompts a step computes, how much of each, and which of them in one forward.
 
 A step spends a budget of tokens and of time on the rows that are being prefilled. Must never
 tokenise or decode images.
@@ -29,27 +29,27 @@ __all__ = ["Prefill"]
 log = logging.getLogger(__name__)
 
 FANNED_TOKENS = 64
-"""Prompts that have at least so much in common are computed in one row."""
+"""Prompts that begin with at least this many equal tokens are computed in one row."""
 
 AGAIN_TOKENS = 16
-"""So many of their tokens may be computed again for that."""
+"""Up to this many tokens of each may be computed a second time for that."""
 
 IDLE_CHUNKS = 4
 """Chunks of prompts that a step computes while no stream waits for a token."""
 
 BRANCHED_TOKENS = 256
-"""So many tokens of a stem and its branches are computed together. The branches need a mask, which
-doubles the attention of a long stem."""
+"""Up to this many tokens, a stem and its branches are computed in one forward. Branches need a
+mask, which doubles the cost of attention over a long stem."""
 
 GROUP_TOKENS = 64
 GROUP_PADDING = 0.15
-"""Prompts computed together have similar lengths: padding is at most what another forward costs, in
-tokens, or this fraction."""
+"""Prompts computed together have similar lengths: their padding is at most this many tokens, which
+cost about as much as another forward, or this fraction of all tokens."""
 
 PACKED_TOKENS = 128
-"""Without padding, prompts that are answered are computed together up to so many tokens: then
-reading the weights for each forward is a tenth of its time, and the first ones do not wait for all
-others."""
+"""Without padding, prompts that are to be answered are computed together up to this many tokens:
+reading the weights then takes a tenth of the forward's time, and the first prompts need not wait
+for all others."""
 
 
 class Prefill:
@@ -65,7 +65,7 @@ class Prefill:
         chunk: int,
         stall_ms: float,
         idle_ms: float,
-        tells_first: bool,
+        emits_first: bool,
     ) -> None:
         self._forward = forward
         self._rows = rows
@@ -74,17 +74,20 @@ class Prefill:
         self._chunk = chunk
         self._stall_ms = stall_ms
         self._idle_ms = idle_ms
-        #: Whether first tokens are told before the next prompts are computed.
-        self._tells_first = tells_first
-        #: The budget of the step, its tokens, and whether no stream ran when it began.
+        #: Whether first tokens are emitted before the next prompts are computed.
+        self._emits_first = emits_first
+        #: The budget of the step, its size in tokens, and whether no stream ran when it began.
         self._step = StepBudget(costs.pace, 0, 0.0)
         self._most = 0
         self._idle = True
 
     def run(self, events: list[EngineEvent], spent_ms: float, *, goes_on: bool) -> None:
-        """Spend what admissions left of the step's budget; with `goes_on`, of the last step's. The
-        prompt with the fewest tokens left goes first, but half of the budget is for the oldest, so
-        that none starves."""
+        """Compute prompts within the step's budget, of which admissions took `spent_ms`; with
+        `goes_on`, within what the last call left of its budget.
+
+        The prompt with the fewest tokens left goes first, but half of the budget is reserved for
+        the oldest, so that none starves.
+        """
         if not goes_on or (self._idle and self._rows.active):
             # While no stream waits for a token, a larger batch of prompts is cheaper.
             self._idle = not self._rows.active
@@ -94,7 +97,7 @@ class Prefill:
             self._step.spend(0, spent_ms)
         step = self._step
         while len(self._rows.sequences) > self._rows.active:
-            if self._tells_first and self._tokens.fresh:
+            if self._emits_first and self._tokens.fresh:
                 return
             if self._rows.active:
                 step.tighten(self._stall_ms, spent_ms)
@@ -117,13 +120,13 @@ class Prefill:
                 continue
             limit = step.piece(chosen.filled)
             if not limit or (self._idle and step.begun and limit < chosen.total - chosen.filled):
-                # Without streams to serve in between, a cut would only cost another forward.
+                # No stream has to be served in between, so a cut would only cost another forward.
                 return
             self._one(self._rows.sequences.index(chosen), limit, step, events)
 
     def _together(self, step: StepBudget, events: list[EngineEvent]) -> bool:
-        """Prefill several prompts that fit into the budget in one forward. False if there are
-        none."""
+        """Prefill several prompts that fit into the budget in one forward. Returns False if there
+        are not at least two, or they have to be computed one by one."""
         if not self._forward.many_prompts or len(self._rows.sequences) - self._rows.active < 2:
             return False
         able = [s for s in self._rows.prefilling if s.follows is None and self._may_share(s)]
@@ -155,8 +158,8 @@ class Prefill:
                 self._rows.on_out_of_memory(events)
                 step.spend(tokens, self._costs.spent_ms(started))
                 return True
-            # One by one, only the prompt that is the cause fails.
-            log.warning("prompts are computed one by one: %s", error)
+            # Computed one by one, only the prompt at fault fails.
+            log.warning("prompts are computed one by one, since together they failed: %s", error)
             return False
         for sequence in chosen:
             sequence.filled = sequence.total
@@ -166,9 +169,9 @@ class Prefill:
         return True
 
     def _alike(self, able: list[Sequence], step: StepBudget) -> tuple[int, list[Sequence]]:
-        """Prompts that begin with the same tokens, which are computed, and whose rests fit into the
-        budget and behind that beginning; and its length. Some have a little more in common: those
-        few tokens are computed again."""
+        """The length of a common beginning that is already computed, and the prompts that share it
+        and whose remaining tokens fit into the budget, and into one row after that beginning. If
+        some prompts have a few more tokens computed than others, those are computed again."""
         if len(able) < 2 or not self._forward.branches or self._forward.packs:
             return 0, []
         usual = statistics.mode(sequence.filled for sequence in able)
@@ -194,9 +197,10 @@ class Prefill:
     def _of_similar_length(
         self, able: list[Sequence], step: StepBudget
     ) -> tuple[int, list[Sequence]]:
-        """The shortest, as many as fit into the budget with little padding; and how much of the
-        longest one is computed. Where nothing is padded, what would be says that a prompt is much
-        longer than those that would wait for it."""
+        """The most tokens that any prompt has computed (for the estimate of costs), and the
+        prompts with the fewest tokens left, as many as fit into the budget with little padding. The
+        limit on padding holds even where nothing is padded: there it keeps short prompts from
+        waiting for a much longer one."""
         start = max((sequence.filled for sequence in able), default=0)
         chosen: list[Sequence] = []
         real = 0
@@ -271,7 +275,7 @@ class Prefill:
     def _compute_image(
         self, sequence: Sequence, step: StepBudget, events: list[EngineEvent]
     ) -> None:
-        """Compute one image of a prompt, whose tokens come later."""
+        """Compute one image of a prompt; its tokens are prefilled later."""
         started = self._costs.start()
         try:
             self._forward.compute_image(sequence)

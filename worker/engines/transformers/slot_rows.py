@@ -1,4 +1,4 @@
-"""Who sits in which row of the slot cache: admission, moves, reuse of prefixes, and memory.
+"""Which sequence has which row of the slot cache: admission, moves, reuse of prefixes, memory.
 
 Rows 0 to `active` - 1 decode, the rows after them are being prefilled; there are never gaps.
 
@@ -28,7 +28,7 @@ from worker.engines.transformers.prefix import SMALLEST_PREFIX, PrefixCache
 __all__ = ["SlotRows"]
 
 FAN_TOKENS = 512
-"""So much room, at most, is reserved for the rests of prompts that begin alike."""
+"""Most room that is reserved for computing the rest of several prompts in one row."""
 
 GROWTH_TOKENS = 128
 """Room after a prompt that is reserved on admission; longer answers grow on demand."""
@@ -42,7 +42,7 @@ class SlotRows:
         self.cache = forward.cache
         self.slots = slots
         #: Whether a prompt must be prefilled in one piece and never reused, because its tokens
-        #: see each other.
+        #: attend to later ones.
         self.whole_prompts = whole_prompts
         self.prefix = PrefixCache(0)
         self.waiting: deque[Sequence] = deque()
@@ -50,7 +50,7 @@ class SlotRows:
         self.sequences: list[Sequence] = []
         self.active = 0
         self._admissions = 0
-        #: Rows allowed after a forward ran out of memory; one more with each row that ends.
+        #: Rows allowed: fewer after a forward ran out of memory, twice as many with each that ends.
         self._most = slots
 
     @property
@@ -119,8 +119,8 @@ class SlotRows:
             self.fail(row, error, events)
 
     def _reuse(self, sequence: Sequence, row: int) -> None:
-        """Copy the longest cached prefix of the prompt into the row, or wait for a row that is
-        computing more of it (several answers to one prompt arrive together)."""
+        """Copy the longest cached prefix of the prompt into the row, and wait if another row is
+        computing more of it, as when several answers to one prompt are requested at once."""
         if not self.cache.token_bytes:
             return
         limit = sequence.reusable_tokens
@@ -144,15 +144,15 @@ class SlotRows:
             sequence.cached = length
         sequence.shared = 0
         for other, share in zip(self.sequences, shares, strict=False):
-            # No row waits for a waiting row, so that there are no cycles.
+            # A row never waits for one that waits itself, so there are no cycles.
             if other.follows is None and share >= max(length, sequence.shared) + SMALLEST_PREFIX:
                 sequence.follows, sequence.shared = other, share
         self._reserve_fan(max(length, sequence.shared))
 
     def _reserve_fan(self, start: int) -> None:
-        """Make room, if there is some, for the rests behind `start` of all prompts that begin with
-        as much that was computed elsewhere: they can be computed in one row (`prefill_fanned`).
-        Done while rows are empty: later, growth would copy them."""
+        """Reserve room, if there is any, for the tokens after `start` of all prompts that take
+        their first `start` tokens from elsewhere: these can be computed in one row
+        (`prefill_fanned`). Done while the rows are empty: growing later would copy them."""
         if start and self._forward.branches:
             shares = [max(sequence.filled, sequence.shared) for sequence in self.prefilling]
             rests = [
@@ -163,7 +163,8 @@ class SlotRows:
             self._reserve(len(self.sequences), start + min(sum(rests), FAN_TOKENS))
 
     def release_followers(self) -> bool:
-        """Let rows go on whose prefix has been computed, or will not be. Whether there were any."""
+        """Resume rows that wait for a prefix once it is computed, or never will be. Returns whether
+        there were any."""
         ready: list[tuple[int, int]] = []
         found = False
         for row in range(self.active, len(self.sequences)):
@@ -184,7 +185,8 @@ class SlotRows:
         return found
 
     def leave(self, row: int, *, keep: bool = True) -> None:
-        """Remove a row; the last rows close the gap."""
+        """Remove a row, into whose place the last rows move. `keep`: store it in the prefix cache,
+        unless it failed."""
         sequence = self.sequences[row]
         self._hand_over(row)
         if keep and not sequence.failed and not self.whole_prompts and self.cache.token_bytes:
@@ -203,7 +205,7 @@ class SlotRows:
         self.sequences.pop()
 
     def _hand_over(self, row: int) -> None:
-        """Rows that wait for what this one has computed get it before it leaves."""
+        """Before a row leaves, copy what it has computed to the rows that wait for it."""
         leader = self.sequences[row]
         self._take_prefixes(
             [
@@ -214,8 +216,8 @@ class SlotRows:
         )
 
     def _take_prefixes(self, ready: list[tuple[int, int]]) -> None:
-        """Rows get the prefix that they have waited for: `ready` has each row, in order, with the
-        row that computed it."""
+        """Copy prefixes to rows that have waited for them. `ready`: pairs of such a row and the row
+        that computed its prefix, in order of the former."""
         runs: list[list[int]] = []
         for row, source in ready:
             sequence = self.sequences[row]
@@ -246,7 +248,7 @@ class SlotRows:
         self.sequences[target] = moved
 
     def activate(self, row: int) -> None:
-        """Move a row with a finished prompt to those that decode."""
+        """Move a row whose prompt is computed to the rows that decode."""
         self.exchange(row, self.active)
         self.sequences[self.active].state = State.DECODE
         self.active += 1
@@ -280,8 +282,8 @@ class SlotRows:
         return no_room(sequence.total, self.cache.budget, self.cache.capacity)
 
     def make_room(self, events: list[EngineEvent]) -> None:
-        """Make room for one more token of every active row, preempting the youngest
-        rows if necessary."""
+        """Make room for one more token of every active row, preempting the youngest rows if
+        necessary."""
         while self.active:
             longest = max(sequence.filled for sequence in self.decoding) + 1
             if longest <= self.cache.capacity:
@@ -297,8 +299,8 @@ class SlotRows:
             self.preempt_youngest(events)
 
     def preempt_youngest(self, events: list[EngineEvent], *, computing: bool = False) -> None:
-        """Preempt the youngest row, which goes back to the queue; if it is the only
-        one, it fails."""
+        """Preempt the youngest row, which goes back to the queue; if it is the only one, it fails.
+        `computing`: memory ran out during a forward."""
         release_cached(self._forward.device)
         if len(self.sequences) == 1:
             sequence = self.sequences[0]
@@ -319,7 +321,7 @@ class SlotRows:
         self._most = len(self.sequences) or self.slots
 
     def fail(self, row: int, error: Exception, events: list[EngineEvent]) -> None:
-        """Fail a single sequence: its image, its memory, or inputs that the model refuses."""
+        """Fail a single sequence, whose image, memory or inputs are at fault."""
         sequence = self.sequences[row]
         if is_out_of_memory(error):
             release_cached(self._forward.device)

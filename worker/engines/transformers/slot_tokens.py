@@ -1,4 +1,4 @@
-"""New tokens of the rows: sampled from logits, appended to their sequences, told as events.
+"""New tokens of the rows: sampled from logits, appended to their sequences, emitted as events.
 
 Must never run the model or choose what it computes.
 """
@@ -28,7 +28,7 @@ class NewTokens:
         self._banned = banned_ids
         self.token_bytes = token_bytes
         self._sampler: Sampler | None = None
-        #: Sequences with a token whose events were not emitted yet; empty between steps.
+        #: Sequences with a new token whose events are still to be emitted; empty between steps.
         self.fresh: list[Sequence] = []
 
     def sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled]:
@@ -43,7 +43,8 @@ class NewTokens:
         return self._sampler.sample(logits, rows)
 
     def choices(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled | None]:
-        """What each sequence takes of its last logits; those that read them do so here."""
+        """A token sampled for each sequence; None for one that reads its logits instead, which it
+        does here. `logits`: [sequences, vocabulary], of each one's last token."""
         drawing = [index for index, sequence in enumerate(sequences) if not sequence.reads]
         choices: list[Sampled | None] = [None] * len(sequences)
         if drawing:
@@ -74,19 +75,20 @@ class NewTokens:
         logits: torch.Tensor,
         events: list[EngineEvent],
     ) -> list[int]:
-        """Draw and append the next token of each sequence and, for as long as its draft says what
-        is drawn, the one after it. Each is drawn as it would be by itself: from its own state, at
-        its own position. Returns how many tokens of each draft were right.
+        """Draw and append the next token of each sequence, and go on for as long as its draft
+        predicted what was drawn. Every token is drawn as it would be without drafts, from its
+        sequence's own state and at its own position. Returns how many tokens of each draft were
+        right.
 
-        `logits` [sequences, width, vocabulary]; the cache has the sequences' tokens and their
-        drafts. The tokens before a sequence's last new one are told here, since their text may
-        end it.
+        `logits` [sequences, width, vocabulary]; the cache already holds each sequence's last token
+        and its draft. Events of all but a sequence's last new token are emitted here, since its
+        text may end the sequence.
         """
         accepted = [0] * len(sequences)
         try:
             self._draw(sequences, drafts, logits, accepted, events)
         finally:
-            # Only now: a row that moves takes along what the cache is known to have of it.
+            # Only now: when rows move, what is copied depends on their final lengths.
             for sequence in sequences:
                 if sequence.state is State.DONE:
                     self._rows.leave(self._rows.sequences.index(sequence))
@@ -103,7 +105,7 @@ class NewTokens:
         width, flat = logits.shape[1], logits.flatten(0, 1)
         going, depth = list(range(len(sequences))), 0
         while going:
-            # What is drawn later depends on what is drawn now, unless the row is plain.
+            # Unless the row is plain, what is drawn later depends on what is drawn now.
             counts = [
                 len(drafts[index]) + 1 if sequences[index].row.plain else 1 for index in going
             ]
@@ -132,7 +134,8 @@ class NewTokens:
         draft: list[int],
         events: list[EngineEvent],
     ) -> int:
-        """Append drawn tokens for as long as the draft says the same. Returns how many it said."""
+        """Append drawn tokens for as long as they agree with the draft, and the first that does
+        not. Returns how many agreed."""
         now = time.perf_counter()
         right = 0
         for place, choice in enumerate(choices):
@@ -142,14 +145,14 @@ class NewTokens:
                 said = draft[place : place + 1] == [choice.token_id]
                 right += said
                 if said and sequence.state is State.DECODE:
-                    # The cache has it, and what follows it was computed.
+                    # The cache holds it already, and the logits after it are computed.
                     sequence.filled += 1
                     continue
             break
         return right
 
-    def tell(self, events: list[EngineEvent]) -> None:
-        """Emit the events of all new tokens; sequences whose text ends them leave."""
+    def emit(self, events: list[EngineEvent]) -> None:
+        """Emit the events of all new tokens; sequences that their text ends leave their rows."""
         now = time.perf_counter()
         for sequence in self.fresh:
             over = sequence.state is State.DONE

@@ -1,4 +1,4 @@
-"""Continuous batching over the slot cache: the order of a step.
+"""Continuous batching over the slot cache: what a step does, in which order.
 
 One step spends a token budget on the rows being prefilled (`slot_prefill`), then computes one token
 for every decoding row in one forward. Sequences join and leave at any step (`slot_rows`). Runs on
@@ -35,13 +35,13 @@ class _Computed:
     """A decode that was launched."""
 
     sequences: list[Sequence]
-    #: [rows, vocabulary]; with drafts [rows, width, vocabulary].
+    #: [rows, vocabulary], or [rows, width, vocabulary] with drafts.
     logits: torch.Tensor
     drafts: StepDrafts | None
     started: Started
 
     def keep(self, kept: list[int]) -> None:
-        """Only these rows are left."""
+        """Drop all rows but those at these indices."""
         if len(kept) == len(self.sequences):
             return
         self.sequences = [self.sequences[index] for index in kept]
@@ -52,7 +52,7 @@ class _Computed:
 
 
 KEPT_CAPACITY = 4096
-"""Tokens per row that stay allocated when nothing runs; more is given back to the system."""
+"""Tokens per row that stay allocated while nothing runs; the rest is given back to the system."""
 
 
 class SlotRunner:
@@ -86,15 +86,15 @@ class SlotRunner:
             chunk=prefill_chunk,
             stall_ms=stall_ms,
             idle_ms=idle_ms,
-            tells_first=not overlap,
+            emits_first=not overlap,
         )
         self._overlap = overlap
-        #: What drafts the answers; None where each step computes one token of each.
+        #: Drafts for speculative decoding; None if every step computes one token per row.
         self._drafts = drafts
         #: A decode that was launched but not collected yet.
         self._computed: _Computed | None = None
-        #: Whether the last call returned first tokens before the rest of its step.
-        self._first_told = False
+        #: Whether the last call returned first tokens and left the rest of its step to the next.
+        self._first_emitted = False
 
     # --- the Runner interface ---------------------------------------------------------------------
 
@@ -136,11 +136,11 @@ class SlotRunner:
 
     @property
     def draft_token_bytes(self) -> int:
-        """Bytes that a draft model keeps for each token of the cache."""
+        """Bytes of a draft model's own KV cache for each token of ours; 0 without one."""
         return 0 if self._drafts is None else self._drafts.token_bytes
 
     def limit_drafts(self, tokens: int) -> None:
-        """Limit the cache of a draft model."""
+        """Limit a draft model's KV cache to so many tokens over all rows."""
         if self._drafts is not None:
             self._drafts.limit(tokens)
 
@@ -164,19 +164,19 @@ class SlotRunner:
         began_s = self.costs.now_s()
         self.rows.admit(events)
         spent_ms = (self.costs.now_s() - began_s) * 1e3
-        self._prefill.run(events, spent_ms, goes_on=self._first_told)
-        self._first_told = False
+        self._prefill.run(events, spent_ms, goes_on=self._first_emitted)
+        self._first_emitted = False
         if self._overlap:
             # The device computes the next tokens while the host emits the last ones.
             self._launch(events)
         elif self._tokens.fresh:
-            # First tokens are returned at once. What is left of this step, further prompts within
-            # the same budget and the decode, is for the next call.
-            self._first_told = True
+            # First tokens are returned at once. The rest of this step (further prompts within the
+            # same budget, and the decode) is left to the next call.
+            self._first_emitted = True
         elif self.rows.active:
             self._launch(events)
             self._collect(events)
-        self._tokens.tell(events)
+        self._tokens.emit(events)
         return events
 
     # --- decode -----------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class SlotRunner:
         return self.forward.verify(sequences, drafts.token_ids, drafts.width)
 
     def _without_drafts(self, sequences: list[Sequence], drafts: StepDrafts) -> None:
-        """Memory is too short for a step of that width; the next one is narrower."""
+        """A step with these drafts ran out of memory: make the next one narrower."""
         assert self._drafts is not None
         release_cached(self.forward.device)
         self._drafts.out_of_memory(len(sequences), drafts)
@@ -223,7 +223,7 @@ class SlotRunner:
             return
         for sequence in computed.sequences:
             sequence.drafted = 0
-        # The others were ended by the text of their last token, or cancelled: computed in vain.
+        # The others ended with the text of their previous token, or were cancelled.
         computed.keep([i for i, s in enumerate(computed.sequences) if s.state is State.DECODE])
         sequences, drafts = computed.sequences, computed.drafts
         if not sequences:
@@ -241,7 +241,7 @@ class SlotRunner:
                 raise
             for sequence in sequences:
                 if sequence.state is State.DECODE and sequence.filled == sequence.total:
-                    # The remaining rows compute it again.
+                    # The token is computed again in the next step.
                     sequence.filled -= 1
             if drafts is None:
                 self.rows.on_out_of_memory(events)

@@ -1,10 +1,10 @@
 """Decides how many draft tokens a decode step verifies: none where it would not pay.
 
-A step may compute several tokens of each row: the last one and a draft of those that follow. Those
-of the draft that are what would have been drawn anyway are kept, so an answer is the same with and
-without; only time is at stake. This module learns from what happened: how often drafts of a row are
-right, and what a step of some width costs. The width with the most tokens per millisecond is
-chosen, and an account of what wide steps gained and lost bounds the loss.
+A step may compute several tokens of each row: its last one and a draft of those that follow. Draft
+tokens are kept only if they are what would have been drawn anyway, so drafts never change an
+answer, only the time that it takes. This module learns how often the drafts of a row are right and
+what a step of each width costs. It chooses the width with the most tokens per millisecond, and
+keeps an account of what wide steps gained and lost, which bounds the loss.
 
 Numbers in, numbers out: must never touch a model, a clock or a tensor.
 """
@@ -20,46 +20,50 @@ from worker.engines.transformers.lookup import LONG_MATCH, LookupIndex
 __all__ = ["WIDTHS", "Draft", "RowDrafts", "Speculator"]
 
 WIDTHS = (2, 3, 5, 9, 17)
-"""Tokens of each row in a wide step. Few, so that the cost of each is soon known."""
+"""Tokens per row in a wide step. There are few widths, so that the cost of each is soon known."""
 
 MOST_TOKENS = 256
-"""Tokens of a wide step at most: beyond, even an accelerator is bound by computing."""
+"""Most tokens in a wide step: with more, even an accelerator is compute-bound."""
 
 FORGET = 0.8
-"""Weight of a row's earlier drafts at each new one."""
+"""Factor by which a row's earlier drafts fade with each new one."""
 
 FORGET_ALL = 0.98
-"""The same for the drafts of all rows, from which a row without drafts starts."""
+"""The same for the drafts of all rows together, which are the starting point of a new row."""
 
 PRIOR_TOKENS = 2.0
-"""So many tokens of other rows' drafts count for a row of its own."""
+"""Weight of all rows' drafts in the estimate for one row, in tokens."""
 
 GAIN = 1.04
-"""A wide step must promise so many times the tokens per millisecond: estimates are not exact."""
+"""A wide step must promise at least this many times the tokens per millisecond of an ordinary one,
+since estimates are not exact."""
 
 FAIR = 0.85
 """No row may fall below this fraction of its speed for the sake of another one's draft."""
 
 SAVED = 0.008
-"""Fraction of each ordinary step that is saved for attempts that may fail."""
+"""What each ordinary step adds to the account for attempts that may fail, as a fraction of a
+step."""
 
 START_BALANCE = 0.5
 MOST_BALANCE = 3.0
-"""The account, in ordinary steps: what a new engine may lose, and how much of a gain is kept."""
+"""First and highest balance of the account, in ordinary steps: what a new engine may lose, and how
+much of a gain is kept."""
 
 STALE_STEPS = 64
-"""After so many wide steps in a row an ordinary one is measured again."""
+"""After this many wide steps in a row, an ordinary one is measured again."""
 
 FASTER, SLOWER = 0.5, 0.15
-"""Weight of a measurement below and above the estimate: other programs only make a step slower."""
+"""Weight of a measurement below and above the estimate: other programs can only make a step
+slower."""
 
 LEAP = 2.0
 FIRST_LEAP = 4.0
-"""A single measurement counts as at most so many times the step that was expected; the first one of
-a width as so many ordinary steps."""
+"""A measurement counts as at most `LEAP` times what was expected; the first one of a width as at
+most `FIRST_LEAP` ordinary steps."""
 
 GUESSED_COST = 0.05
-"""Cost of one more token as a fraction of a step with one token, until it was measured."""
+"""Cost of one more token until it has been measured, as a fraction of a step with one token."""
 
 
 @dataclass(slots=True)
@@ -67,7 +71,7 @@ class Draft:
     """Tokens that may come next in a row."""
 
     token_ids: list[int] = field(default_factory=list)
-    #: Which drafts it is counted with.
+    #: One of the kinds below, by which acceptance is counted.
     kind: int = 0
 
 
@@ -75,19 +79,19 @@ NO_DRAFT = Draft()
 
 
 SHORT, LONG, CHANGED, BY_MODEL = range(4)
-"""Kinds of drafts, which differ in how often they are right: by look-up after a short or a long
-match, or behind a change in a copy; by a draft model."""
+"""Kinds of drafts, which differ in how often they are right: by look-up after a short match, after
+a long one, or after a change in a copy; or by a draft model."""
 
 PRIORS = (0.5, 0.8, 0.5, 0.7)
-"""How likely a token of each kind is right, before anything is known."""
+"""Probability that a draft token of each kind is right, before anything is known."""
 
 
 class Width(NamedTuple):
     """A choice of `Speculator.plan`."""
 
-    #: Tokens of each row; 1: no draft pays.
+    #: Tokens per row; 1 if no draft pays.
     tokens: int
-    #: Expected tokens per millisecond over those without drafts; 1 for an attempt.
+    #: Expected tokens per millisecond, as a multiple of those without drafts; 1 for an attempt.
     gain: float
 
 
@@ -118,7 +122,7 @@ class RowDrafts:
         self._acceptance = Acceptance(FORGET, [0.0] * len(PRIORS), 0.0)
 
     def follow(self, answer: Sequence[int]) -> bool:
-        """Take the answer so far. Whether there may be a draft of what follows."""
+        """Index the answer so far. Returns whether there may be a draft of what follows."""
         index = self._index
         index.extend(answer[len(index) - self._prompt :])
         return index.repeats
@@ -135,7 +139,7 @@ class RowDrafts:
         self._acceptance.learn(draft, accepted)
 
     def chance(self, kind: int, everywhere: Acceptance) -> float:
-        """How likely the next token of a draft is right."""
+        """Probability that the next token of a draft is right; `everywhere`: for all rows."""
         common = everywhere.right[kind] / everywhere.tried[kind]
         own = self._acceptance
         return (own.right[kind] + PRIOR_TOKENS * common) / (own.tried[kind] + PRIOR_TOKENS)
@@ -146,23 +150,23 @@ class WidthCost:
 
     def __init__(self) -> None:
         self._narrow: dict[int, float] = {}
-        #: What a width adds to a step, for rows rounded up to a power of two.
+        #: What a width adds to a step, by rows (rounded up to a power of two) and width.
         self._added: dict[tuple[int, int], float] = {}
 
     def narrow_ms(self, rows: int) -> float:
-        """A step with one token in each row; 0 if none was measured."""
+        """Milliseconds of a step with one token per row; 0 if none has been measured."""
         known = self._narrow
         if rows in known:
             return known[rows]
         return known[min(known, key=lambda other: abs(other - rows))] if known else 0.0
 
     def added_ms(self, rows: int, width: int) -> float:
-        """What a step of that width takes beyond one with a token in each row."""
+        """Milliseconds that a step of that width takes beyond one with one token per row."""
         size = _rounded(rows)
         found = self._added.get((size, width))
         if found is not None:
             return found
-        # From the nearest shape that was measured, by its tokens.
+        # Scaled from the measured shape whose number of tokens is nearest.
         wanted = size * (width - 1)
         shapes = {shape[0] * (shape[1] - 1): ms for shape, ms in self._added.items()}
         if not shapes:
@@ -192,7 +196,7 @@ class Speculator:
         self._balance = START_BALANCE
         #: Wide steps since the last ordinary one, and ordinary ones since the last wide one.
         self._wide_steps = self._plain_steps = 0
-        #: Whether drafts can be worth while, by number of rows; forgotten now and then.
+        #: Whether drafts can be worthwhile, by number of rows; forgotten now and then.
         self._worth: dict[int, bool] = {}
         self._most_tokens = MOST_TOKENS
         #: Draft tokens that were verified, and those of them that were right.
@@ -224,8 +228,8 @@ class Speculator:
         *,
         drafted_ms: float = 0.0,
     ) -> Width:
-        """The number of tokens of each row in the next step, at most `room`; drafts are to be cut
-        to one less. `drafted_ms`: what one more token of all drafts costs before the step."""
+        """The width of the next step, at most `room`; drafts must then be cut to one token less.
+        `drafted_ms`: milliseconds that one more token in every draft costs before the step."""
         count = len(drafts)
         longest = max((len(draft.token_ids) for draft in drafts), default=0)
         narrow_ms = self._cost.narrow_ms(count)
@@ -238,7 +242,7 @@ class Speculator:
         slower = 1 + (self._cost.added_ms(count, WIDTHS[0]) + drafted_ms) / narrow_ms
         most = sum(1 / max(1 - chance, 0.01) for chance in chances) / count
         if most < GAIN * slower and not self._affords(slower):
-            # Even drafts without end would not pay: the usual case, found out cheaply.
+            # Even endless drafts would not pay: the usual case, and this check is cheap.
             return Width(1, 1.0)
         best, attempt = Width(1, GAIN), 1
         for width in WIDTHS:
@@ -254,18 +258,18 @@ class Speculator:
             if gain > best.gain and min(tokens) / slower >= FAIR:
                 best = Width(width, gain)
             if attempt == 1 and self._affords(slower):
-                # Nothing is known of these drafts but failures, which may be over.
+                # These drafts have failed so far, but the next ones may not: this tries them.
                 attempt = width
             if width > longest:
                 break
         return best if best.tokens > 1 else Width(attempt, 1.0)
 
     def _affords(self, slower: float) -> bool:
-        """Whether a step that is so many times slower may fail."""
+        """Whether the account can bear the failure of a step that is so many times slower."""
         return self._balance >= min(slower - 1 + START_BALANCE, MOST_BALANCE)
 
     def limit(self, tokens: int) -> None:
-        """No step may compute more tokens from now on."""
+        """From now on, no step may compute more than `tokens` tokens."""
         self._most_tokens = min(self._most_tokens, tokens)
         self._worth.clear()
 
@@ -280,8 +284,8 @@ class Speculator:
     def took(
         self, rows: int, width: int, ms: float, tokens: int, *, drafted_ms: float = 0.0
     ) -> None:
-        """A step took that long, after `drafted_ms` for its drafts, and gave so many tokens to all
-        rows together."""
+        """A step of that shape took `ms` milliseconds, after `drafted_ms` for its drafts, and gave
+        all rows together `tokens` tokens."""
         self._cost.learn(rows, width, ms)
         if width == 1:
             self._wide_steps = 0
@@ -300,7 +304,8 @@ class Speculator:
 
 
 def _expected(chance: float, tokens: int) -> float:
-    """Tokens that a row gets from a step with a draft of so many tokens."""
+    """Expected tokens of a row from a step with a draft of `tokens` tokens, each of which is right
+    with probability `chance`."""
     return 1.0 + sum(chance**count for count in range(1, tokens + 1))
 
 

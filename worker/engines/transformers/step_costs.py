@@ -1,9 +1,9 @@
-"""What the parts of a step cost: accounts for each piece of a prompt, and teaches the pace.
+"""Measures what the parts of a step cost, charges the step's budget and trains the cost model.
 
-Costs are the engine's own: CPU time of its thread, which computes its share of everything on a CPU,
-or time on the device between two events. The wall clock would count other programs as well: the
-busier the machine, the smaller the pieces, and the more all of them together would cost. Must never
-decide what is computed.
+Costs are the engine's own: CPU time of its thread, which does its share of all work on a CPU, or
+the time between two events on a device. The wall clock would count other programs as well: the
+busier the machine, the smaller the pieces would be, and the more all of them together would cost.
+Must never decide what is computed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["Started", "StepCosts"]
 log = logging.getLogger(__name__)
 
 IMAGE_FORGET = 0.8
-"""How much of the longest time for an image is expected of the next one."""
+"""Factor by which the expected time of an image falls with each image that takes less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """When something was begun: CPU time of the engine's thread, and a device's event."""
+    """When a computation began: CPU seconds of the engine's thread, and an event on the device."""
 
     at_s: float
     event: torch.Event | None
@@ -36,7 +36,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A piece of a prompt that a device computes."""
+    """A piece of a prompt that the device is computing."""
 
     tokens: int
     start: int
@@ -52,25 +52,26 @@ class StepCosts:
         self.pace = PrefillCostModel()
         self.now_s = now_s or time.thread_time
         self._device = device
-        #: Whether a forward is finished when it returns; elsewhere, whether its time is known.
+        #: Whether a forward is finished when it returns.
         self._synchronous = device.type == "cpu"
+        #: Otherwise, whether the device's events have times.
         self._timed = not self._synchronous and _gives_times(device)
         #: Pieces whose time on the device is not known yet, in order.
         self._launched: deque[_Launched] = deque()
-        #: Milliseconds that an image may take.
+        #: Milliseconds that the next image is expected to take.
         self.image_ms = 0.0
 
     @property
     def known(self) -> bool:
-        """Whether `spent_ms` says what a step takes."""
+        """Whether `spent_ms` measures what a step takes."""
         return self._synchronous or self._timed
 
     def start(self) -> Started:
-        """Something is about to be computed."""
+        """Note that a computation is about to begin."""
         return Started(self.now_s(), self._event() if self._timed else None)
 
     def spent_ms(self, started: Started) -> float:
-        """The engine's own time since then; that of a device is waited for."""
+        """The engine's own milliseconds since then; waits for the device if there is one."""
         if started.event is None:
             return (self.now_s() - started.at_s) * 1e3
         ended = self._event()
@@ -80,7 +81,8 @@ class StepCosts:
     def computed_piece(
         self, step: StepBudget, tokens: int, start: int, rows: int, started: Started
     ) -> None:
-        """A piece of a prompt was computed or launched: account for its share of the step."""
+        """A piece of a prompt was computed or launched: charge it to the step (arguments as in
+        `PrefillCostModel.learn`)."""
         if self._synchronous:
             spent_ms = self.spent_ms(started)
             step.spend(tokens, spent_ms)
@@ -91,20 +93,20 @@ class StepCosts:
             self._launched.append(_Launched(tokens, start, rows, started.event, self._event()))
 
     def computed_image(self, step: StepBudget, started: Started) -> None:
-        """An image was computed, and waited for."""
+        """An image was computed and has been waited for: charge it to the step."""
         spent_ms = self.spent_ms(started)
         self.image_ms = max(spent_ms, IMAGE_FORGET * self.image_ms)
         step.spend(0, spent_ms)
 
     def measure(self) -> None:
-        """Learn what launched pieces took that the device has finished; never waits."""
+        """Learn from the launched pieces that the device has finished; never waits."""
         while self._launched and self._launched[0].ended.query():
             piece = self._launched.popleft()
             took_ms = piece.begun.elapsed_time(piece.ended)
             self.pace.learn(piece.tokens, piece.start, took_ms, piece.rows)
 
     def _event(self) -> torch.Event:
-        """An event behind everything launched so far."""
+        """An event that follows everything launched so far."""
         event = torch.Event(self._device, enable_timing=True)
         event.record(torch.accelerator.current_stream(self._device))
         return event
@@ -119,7 +121,7 @@ def _gives_times(device: torch.device) -> bool:
         begun.elapsed_time(ended)
     except Exception as error:
         log.warning(
-            "%s measures no times (%s): prompts are bounded by prefill_chunk, not by stall_ms",
+            "%s cannot time its work (%s): prefill is bounded by prefill_chunk, not by stall_ms",
             device,
             error,
         )
