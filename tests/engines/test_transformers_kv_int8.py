@@ -33,10 +33,10 @@ def runner_of(engine: Any) -> Any:
     return engine._served[0].slot_runner
 
 
-def rounded_generate(model: Any, numbers: KvInt8, ids: list[int], count: int) -> list[int]:
+def rounded_generate(model: Any, codecs: KvInt8, ids: list[int], count: int) -> list[int]:
     """What `generate()` writes with a cache that rounds."""
     word = cache_argument(forward_parameters(model))
-    cache = numbers.cache(model.config.get_text_config(decoder=True))
+    cache = codecs.cache(model.config.get_text_config(decoder=True))
     inputs = {"input_ids": torch.tensor([ids]), str(word): cache, "use_cache": True}
     return tiny.generated(model, inputs, count, ())
 
@@ -93,7 +93,7 @@ def test_channels_that_stand_out_leave_the_others_their_bits() -> None:
 
 
 def test_rows_of_codes_are_moved_shared_swapped_and_kept_with_their_scales() -> None:
-    cache = SlotCache(2, slots=4, capacity=64, numbers=KvInt8(2))
+    cache = SlotCache(2, slots=4, capacity=64, codecs=KvInt8(2))
     states = torch.randn(1, 2, 40, 8)
     cache.plan.prefill(0, 0)
     for layer in range(2):
@@ -136,12 +136,12 @@ def test_a_batch_writes_what_generate_writes_with_a_cache_that_rounds(
     model = text_model(name)
     plain = copy.deepcopy(model)
     engine = serve(model, **settings)
-    numbers = runner_of(engine).cache.numbers
+    codecs = runner_of(engine).cache.codecs
     asked = tiny.prompts(6, low=3, high=40, seed=5)
     lengths = [random.Random(index).randint(4, 14) for index in range(6)]
     pairs = list(zip(asked, lengths, strict=True))
     try:
-        wanted = [rounded_generate(plain, numbers, *pair) for pair in pairs]
+        wanted = [rounded_generate(plain, codecs, *pair) for pair in pairs]
         jobs = [tiny.ids_job(ids, max_tokens=length) for ids, length in pairs]
         assert [answer.token_ids for answer in tiny.run(engine, jobs, every=JOIN)] == wanted
         assert len({token for answer in wanted for token in answer}) > 6
@@ -153,11 +153,11 @@ def test_keys_with_outlying_channels_are_served_and_as_generate_says() -> None:
     model = with_key_biases(20.0)
     plain = copy.deepcopy(model)
     engine = serve(model, fused="off")
-    numbers = runner_of(engine).cache.numbers
+    codecs = runner_of(engine).cache.codecs
     asked = tiny.prompts(4, low=30, high=60, seed=5)
     try:
-        assert all(codec.factors is not None for codec in numbers.keys)
-        wanted = [rounded_generate(plain, numbers, ids, 8) for ids in asked]
+        assert all(codec.factors is not None for codec in codecs.keys)
+        wanted = [rounded_generate(plain, codecs, ids, 8) for ids in asked]
         answers = tiny.run(engine, [tiny.ids_job(ids, max_tokens=8) for ids in asked])
         assert [answer.token_ids for answer in answers] == wanted
     finally:

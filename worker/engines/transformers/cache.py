@@ -1,11 +1,12 @@
-"""The key/value cache: one dense pair of tensors per layer, with one row for each running request.
+"""The KV cache: one dense pair of tensors per layer, with one row for each running request.
 
-A layer holds `[slots, capacity, heads, head_dim]`, or codes and scales of 8 bits (`kv_int8.py`).
-A row is right-padded, starts at position 0 and has its own length, so requests of different
+A layer holds `[slots, capacity, heads, head_dim]`, or 8-bit codes and their scales (`kv_int8.py`).
+A row starts at position 0, is right-padded and has its own length, so requests of different
 lengths share a batch without copying.
-`SlotLayer` plugs into transformers through its public `CacheLayerMixin`: the models' own code
-calls `update`, and the shared `Plan` describes the next forward. Knows nothing of requests; must
-never decide what runs.
+
+`SlotLayer` plugs into transformers through its public `CacheLayerMixin`: the models' own code calls
+`update`, and the shared `Plan` describes the next forward. Knows nothing of requests; must never
+decide what runs.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from worker.engines.transformers.kv_int8 import Int8Codec, KvInt8
 __all__ = ["Packed", "Plan", "SlotCache", "SlotLayer", "Together"]
 
 ROUND_TOKENS = 64
-"""Capacities are multiples of this: fewer reallocations, aligned reads."""
+"""Capacities are multiples of this, for fewer reallocations and aligned reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """Tokens `first` to `last` - 1 of a forward, which attend in blocks: they follow each other in
-    row `row`, of which the last one sees `end` tokens; or, if they are `apart`, all see `end`
-    tokens of that row, which begins like theirs, and then the rest of their own."""
+    """Tokens `first` to `last` - 1 of a forward, whose attention is computed in blocks. They are
+    consecutive tokens of row `row`, the last of which attends to the row's first `end` tokens. Or,
+    if `apart`, they belong to different rows with a common beginning: all attend to the first `end`
+    tokens of `row`, and then to the rest of their own rows."""
 
     first: int
     last: int
@@ -42,13 +44,14 @@ class Together:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The tokens of a forward one after the other, whatever row each belongs to. Each sees its row
-    up to itself."""
+    """The tokens of a forward laid one after the other, whatever row each belongs to. Each attends
+    to its row up to itself."""
 
-    #: int64 [tokens]: row and position of each.
+    #: int64 [tokens]: the row and the position of each.
     rows: torch.Tensor
     places: torch.Tensor
-    #: So many tokens at the beginning attend one by one, those after them together.
+    #: Attention of this many tokens at the beginning is computed one by one, that of the others in
+    #: blocks (`together`).
     alone: int
     together: tuple[Together, ...] = ()
 
@@ -56,10 +59,10 @@ class Packed:
 class Plan:
     """How the next forward uses the cache; set before it, read by every layer.
 
-    Prefill: row `slot` receives tokens from position `start`. Otherwise `rows` rows from `slot` on
-    receive the same number of tokens each, at `positions`, and all read `length` positions; a
-    decode is this with one token each. Layers that compute packed tokens use `packed`, where that
-    is set.
+    A prefill of one row stores tokens in row `slot` from position `start` on. Otherwise, `rows`
+    rows from `slot` on store the same number of tokens each, at `positions`, and all read `length`
+    positions; a decode is the case of one token each. Where `packed` is set, layers that can
+    compute packed tokens use that instead.
     """
 
     __slots__ = (
@@ -76,7 +79,7 @@ class Plan:
     )
 
     def __init__(self) -> None:
-        #: Whether several rows are computed at once, each token with its own position.
+        #: Whether the forward is a `step` over several rows, not a `prefill` of one.
         self.many = False
         self.packed: Packed | None = None
         self.slot = 0
@@ -86,12 +89,13 @@ class Plan:
         self.positions = torch.zeros(0, dtype=torch.long)
         #: int64 [rows]: where each row is stored, if not in rows `slot` to `slot` + `rows` - 1.
         self.row_index: torch.Tensor | None = None
-        #: Whether the forward may be captured: then only tensors may depend on the positions.
+        #: Whether the forward may be captured: then positions must be read from tensors only.
         self.static = False
-        # Row-and-position as one index, by device and capacity: computed once, used by all layers.
+        # Row and position as a single index, by device and capacity, computed once for all layers.
         self._flat: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def prefill(self, slot: int, start: int) -> None:
+        """Plan a prefill of row `slot` from position `start` on."""
         self.many, self.slot, self.start, self.static = False, slot, start, False
         self.packed = None
 
@@ -102,8 +106,9 @@ class Plan:
         length: int,
         row_index: torch.Tensor | None = None,
     ) -> None:
-        """`positions`: int64 [rows, tokens], where each row's new tokens are stored; `length`: that
-        of the longest row, including its new tokens. With `row_index` the step is static."""
+        """Plan a forward over several rows. `positions`: int64 [rows, tokens], where each row's new
+        tokens are stored; `length`: that of the longest row, its new tokens included. With
+        `row_index` the step is static."""
         self.many, self.slot, self.rows, self.length = True, slot, positions.shape[0], length
         self.positions, self.start = positions, length - positions.shape[1]
         self.row_index, self.static = row_index, row_index is not None
@@ -139,7 +144,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.capacity = capacity
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate on the first update: only then shapes, dtype and device are known."""
+        """Allocate on the first update: shapes, dtype and device are not known earlier."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = self._allocate(key_states)
         self.values = self._allocate(value_states)
@@ -152,18 +157,17 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new states [batch, heads, tokens, head_dim]; returns everything that these rows may
-        read, as views [batch, heads, length, head_dim]."""
+        """Store new states [batch, heads, tokens, head_dim]. Returns all that these rows may read,
+        as views [batch, heads, length, head_dim]."""
         return self.store(key_states.transpose(1, 2), value_states.transpose(1, 2))
 
     def prepare(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Allocate for states such as these [batch, tokens, heads, head_dim], if that was not
-        done."""
+        """Allocate for states like these [batch, tokens, heads, head_dim], if not done yet."""
         if not self.is_initialized:
             self.lazy_initialization(keys.transpose(1, 2), values.transpose(1, 2))
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `update`, of new states [batch, tokens, heads, head_dim]."""
+        """Like `update`, but for new states [batch, tokens, heads, head_dim]."""
         self.prepare(keys, values)
         keys, values = self._stored(keys, values)
         plan = self.plan
@@ -189,12 +193,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def _stored(
         self, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """New states [..., heads, head_dim] as they are stored."""
+        """New states [..., heads, head_dim] in the form in which they are stored."""
         return keys, values
 
     @property
     def work_bytes(self) -> int:
-        """Bytes, besides those stored, for each token that a forward reads; 0 before the first."""
+        """Bytes of temporary memory for each token that a forward reads; 0 before the first."""
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -207,7 +211,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def resize(self, slots: int, capacity: int, used_rows: int, used_length: int) -> None:
-        """Reallocate, keeping what is used. On failure the layer is unchanged."""
+        """Reallocate, keeping `used_length` tokens of the first `used_rows` rows. If that fails,
+        the layer is unchanged."""
         if self.is_initialized and (slots, capacity) != (self.slots, self.capacity):
             resized = [
                 self._resized(states, slots + self.spare, capacity, used_rows, used_length)
@@ -230,12 +235,12 @@ class Int8Layer(SlotLayer):
     """One layer's keys and values in 8 bits, `[slots, capacity, heads, size]` (see `kv_int8`)."""
 
     def __init__(
-        self, plan: Plan, slots: int, capacity: int, spare: int, numbers: KvInt8, index: int
+        self, plan: Plan, slots: int, capacity: int, spare: int, codecs: KvInt8, index: int
     ) -> None:
         super().__init__(plan, slots, capacity, spare)
-        self._numbers = numbers
-        self._codecs = numbers.keys[index], numbers.values[index]
-        #: Of keys and of values, as they are read.
+        self._model_codecs = codecs
+        self._codecs = codecs.keys[index], codecs.values[index]
+        #: (heads, head_dim) of keys and of values as attention reads them.
         self._forms: tuple[tuple[int, int], ...] = ()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -257,7 +262,9 @@ class Int8Layer(SlotLayer):
         found = [
             codec.decode(
                 states[first:last, :length],
-                self._numbers.room(which, (last - first, length, *form), self.dtype, self.device),
+                self._model_codecs.room(
+                    which, (last - first, length, *form), self.dtype, self.device
+                ),
             )
             for which, (codec, states, form) in enumerate(
                 zip(self._codecs, (self.keys, self.values), self._forms, strict=True)
@@ -285,20 +292,21 @@ class SlotCache(Cache):  # type: ignore[misc]
         slots: int = 1,
         capacity: int = ROUND_TOKENS,
         spare: int = 0,
-        numbers: KvInt8 | None = None,
+        codecs: KvInt8 | None = None,
     ) -> None:
-        """`numbers`: how keys and values are held in 8 bits; None as the model computes them."""
+        """`spare`: extra rows for steps of fixed shape. `codecs` store keys and values in 8 bits;
+        None stores them as the model computes them."""
         self.plan = Plan()
-        self.numbers = numbers
-        #: Counts reallocations: addresses from an older generation are invalid.
+        self.codecs = codecs
+        #: Number of reallocations: addresses from an earlier generation are invalid.
         self.generation = 0
         self.slots = slots
         self.capacity = capacity
         self.budget = 0
         self.slot_layers = [
             SlotLayer(self.plan, slots, capacity, spare)
-            if numbers is None
-            else Int8Layer(self.plan, slots, capacity, spare, numbers, index)
+            if codecs is None
+            else Int8Layer(self.plan, slots, capacity, spare, codecs, index)
             for index in range(layers)
         ]
         super().__init__(layers=list(self.slot_layers))
@@ -315,13 +323,13 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     @property
     def work_bytes(self) -> int:
-        """Bytes, besides those stored, for each token that a forward reads: it reads one layer
-        after the other. 0 before the first forward."""
+        """Bytes of temporary memory for each token that a forward reads, which is shared by all
+        layers, since they are read one after the other. 0 before the first forward."""
         return max((layer.work_bytes for layer in self.slot_layers), default=0)
 
     def reserve(self, rows: int, length: int, used_rows: int, used_length: int) -> bool:
         """Make room for `rows` rows of `length` tokens, keeping the first `used_rows` rows of up to
-        `used_length` tokens. False if the budget, or the memory, does not allow it."""
+        `used_length` tokens. Returns False if budget or memory do not allow it."""
         length = max(length, used_length)
         if rows <= self.slots and length <= self.capacity:
             return True
@@ -338,8 +346,8 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def shrink(self, slots: int, capacity: int) -> None:
         """Give memory back while no row is in use."""
-        if self.numbers is not None:
-            self.numbers.release()
+        if self.codecs is not None:
+            self.codecs.release()
         capacity = _rounded(capacity)
         if self.slots * self.capacity > slots * capacity:
             self._resize(slots, capacity)
@@ -352,7 +360,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            # Layers already resized are larger than recorded here, which does no harm.
+            # Layers that were already resized are larger than recorded here, which does no harm.
             self.slots = min(self.slots, slots)
             self.capacity = min(self.capacity, capacity)
             return False
@@ -366,15 +374,15 @@ class SlotCache(Cache):  # type: ignore[misc]
             layer.values[target, :length] = layer.values[source, :length]
 
     def share(self, source: int, first: int, last: int, length: int) -> None:
-        """Copy the first `length` tokens of a row to rows `first` to `last` - 1, of which it is
-        none: each is read once."""
+        """Copy the first `length` tokens of row `source` to rows `first` to `last` - 1, which must
+        not include it; they are read only once."""
         for layer in self.slot_layers:
             for states in (layer.keys, layer.values):
                 states[first:last, :length] = states[source, :length]
 
     def spread(self, slot: int, start: int, lengths: list[int]) -> None:
         """Row `slot` holds texts of these lengths one after the other, from `start` on: copy each
-        but the first to the same place of a row of its own, the rows after `slot`."""
+        but the first to position `start` of a row of its own, in the rows after `slot`."""
         first, end = start + lengths[0], start + sum(lengths)
         places = torch.cat([torch.arange(start, start + length) for length in lengths[1:]])
         rows = torch.repeat_interleave(
@@ -383,7 +391,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self.slot_layers:
             index = (rows * layer.capacity + places).to(layer.device, non_blocking=True)
             for states in (layer.keys, layer.values):
-                # A copy, since torch refuses to read what it writes to.
+                # A copy, since torch does not allow source and target to overlap.
                 rests = states[slot, first:end].clone()
                 states.flatten(0, 1).index_copy_(0, index, rests)
 
@@ -415,9 +423,9 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Zeros with the dtype and device of `like`. On a host the system zeroes memory page by page on
-    first use, so room for a long prompt costs nothing until it is used, while writing all zeros
-    would stall running streams for seconds."""
+    """Zeros with the dtype and device of `like`. On a host, the system zeroes each page on first
+    use, so room for a long prompt costs nothing until it is used; writing all zeros at once would
+    stall running streams for seconds."""
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     size_bytes = max(math.prod(shape) * like.element_size(), 1)

@@ -1,7 +1,8 @@
-"""One forward pass of a model over the slot cache: prefill of one row, decode of many.
+"""Forward passes of a model over the slot cache: prefill of one or several rows, decode of all.
 
-Hides what differs between architectures: arguments a model takes, masks of sliding and chunked
-layers, boolean or additive masks, M-RoPE positions, adapters. Must never sample or schedule.
+Hides what differs between architectures: the arguments that a model takes, masks of sliding and
+chunked layers, boolean or additive masks, M-RoPE positions, adapters. Must never sample or
+schedule.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from worker.engines.transformers.vision import ImageFeatures, Vision
 __all__ = ["Forward", "StaticUse", "Unsupported"]
 
 LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
-"""Kinds of layers with a plain cache of keys and values."""
+"""Kinds of layers with a plain KV cache."""
 
 DIRECT = frozenset({"input_ids", "position_ids", "attention_mask", "logits_to_keep"})
-"""Arguments of a forward of text alone."""
+"""Arguments of a forward over text alone."""
 
 GROUPED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"
-"""If set, transformers passes grouped heads to torch unchanged."""
+"""Environment variable that makes transformers pass grouped heads to torch unchanged."""
 
 
 class StaticUse(Enum):
@@ -47,7 +48,7 @@ class StaticUse(Enum):
 
 
 class Unsupported(Exception):
-    """The architecture keeps state that slots cannot hold; the message says which."""
+    """The model cannot be served from slots; the message says why."""
 
 
 class Forward:
@@ -59,9 +60,9 @@ class Forward:
         loaded: LoadedModel,
         *,
         static: StaticUse = StaticUse.NEVER,
-        numbers: KvInt8 | None = None,
+        codecs: KvInt8 | None = None,
     ) -> None:
-        """`numbers`: how keys and values are held in 8 bits; None as the model computes them."""
+        """`codecs` store keys and values in 8 bits; None stores them as the model computes them."""
         model = loaded.model
         config = model.config.get_text_config(decoder=True)
         if loaded.encoder_decoder:
@@ -95,23 +96,23 @@ class Forward:
         self.cache = SlotCache(
             int(config.num_hidden_layers),
             spare=0 if static is StaticUse.NEVER else 1,
-            numbers=numbers,
+            codecs=codecs,
         )
         #: Decode steps of fixed shape, if used.
         self.static: StaticDecode | None = None
         if static is not StaticUse.NEVER:
             self.static = StaticDecode(self, capture=static is StaticUse.CAPTURED)
-        # Without a mask, layers with a window would need one of transformers'.
+        # Layers with a window need a mask even where others do without one.
         plain = self._kinds == ["full_attention"]
         self._direct = direct_forward(model) if plain else None
-        #: Whether a token of each row may be computed by itself, by layers that can.
+        #: Whether fused layers may compute the token of each row by itself, without a mask.
         self._each_alone = plain and self.device.type == "cpu" and self.static is None
-        self._each_alone = self._each_alone and numbers is None
-        #: Whether tokens of any rows are computed one after the other, without padding.
+        self._each_alone = self._each_alone and codecs is None
+        #: Whether the tokens of all rows are laid one after the other, without padding.
         self.packs = self._each_alone and self._direct is not None and self._direct.packs
         self._prefixes = CommonPrefixes()
         self._rope_owner = rope_owner(model)
-        #: Number of M-RoPE position axes; if four, the first is text.
+        #: Number of M-RoPE position axes; of four, the first is the text position.
         self._rope_axes = 4
         self._index = torch.arange(0, device=self.device)
         #: Whether several prompts may be computed in one forward, and the branches of one; the
@@ -126,7 +127,7 @@ class Forward:
     # --- prefill ----------------------------------------------------------------------------------
 
     def prepare(self, sequence: Sequence) -> None:
-        """Compute M-RoPE positions of the prompt, before the first prefill."""
+        """Compute the M-RoPE positions of a prompt. Call it before its first prefill."""
         if self._rope_owner is None or sequence.rope_positions is not None:
             return
         prompt = sequence.prompt
@@ -142,8 +143,8 @@ class Forward:
     ) -> torch.Tensor:
         """Compute tokens `start` to `end` of a sequence in row `slot`.
 
-        Returns logits [tokens, vocabulary] at the positions `kept`, in order; of the last token
-        where there are none.
+        Returns logits [tokens, vocabulary] at the positions `kept`, in order; if it is empty, at
+        the last token.
         """
         prompt = sequence.prompt
         branched = end > sequence.stem_tokens
@@ -173,8 +174,8 @@ class Forward:
         return logits if chosen or len(logits) == len(places) else logits[places]
 
     def images(self, sequence: Sequence) -> ImageFeatures | None:
-        """The images whose tokens come next in a prompt, to be computed before them; None where
-        there are none, or where their tokens are computed in one piece with them."""
+        """The images of a prompt that must be computed before its next tokens; None if there are
+        none, or if images are computed together with their tokens."""
         prompt = sequence.prompt
         if self.vision is None or not prompt.media or sequence.filled >= prompt.media_end:
             return None
@@ -184,7 +185,7 @@ class Forward:
         return images if isinstance(images, ImageFeatures) else None
 
     def compute_image(self, sequence: Sequence) -> None:
-        """Compute the next of its images, and wait for it."""
+        """Compute the next of a prompt's images, and wait for it."""
         images = sequence.images
         assert self.vision is not None and isinstance(images, ImageFeatures)
         self._loaded.choose_rows([sequence.adapter])
@@ -192,15 +193,15 @@ class Forward:
         images.done[-1][:1].cpu()
 
     def _media_arguments(self, sequence: Sequence, start: int, end: int) -> dict[str, Any]:
-        """Arguments for tokens of which some are images."""
+        """Arguments for tokens `start` to `end`, some of which belong to images."""
         prompt, images = sequence.prompt, sequence.images
         if isinstance(images, ImageFeatures):
             assert self.vision is not None
             return self.vision.piece(prompt, images, start, end)
         if start != 0:
-            raise ValueError("a prompt's images are prefilled from its start")
+            raise ValueError("a prompt with images must be prefilled from its start")
         if end > sequence.stem_tokens:
-            raise ValueError("a prompt's images are prefilled before its branches")
+            raise ValueError("a prompt's images must be prefilled before its branches")
         arguments = prompt.media_on(self.device, self._dtype)
         for name, value in prompt.aligned.items():
             if name in self._accepts or "kwargs" in self._accepts:
@@ -211,7 +212,7 @@ class Forward:
     def _grouped_heads(self) -> Iterator[None]:
         """On a CPU, let torch's attention handle grouped heads with a mask; transformers would
         otherwise copy all keys and values for each query head, in every layer. Not for single
-        tokens, whose heads are folded, which is even cheaper."""
+        tokens, for which folding the query heads is even cheaper."""
         if self.device.type != "cpu" or GROUPED_HEADS in os.environ:
             yield
             return
@@ -237,7 +238,8 @@ class Forward:
         return torch.cat(parts, dim=-1).to(self.device)
 
     def _branch_positions(self, sequence: Sequence, start: int, end: int) -> torch.Tensor:
-        """Positions of tokens of which some are in branches: each counts on from the stem."""
+        """Positions of tokens some of which are in branches: each branch counts on from the
+        stem."""
         positions = _fan(sequence.stem_tokens, sequence.branches)[0][start:end]
         if self._rope_owner is None:
             return positions[None].to(self.device)
@@ -251,14 +253,14 @@ class Forward:
     def _branch_mask(
         self, sequence: Sequence, start: int, end: int
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Masks of tokens of which some are in branches (see `_mask`)."""
+        """Masks for tokens some of which are in branches (see `_mask`)."""
         places, numbers = _fan(sequence.stem_tokens, sequence.branches)
         return self._fan_mask(places[:end], numbers[:end], start)
 
     def _fan_mask(
         self, places: torch.Tensor, numbers: torch.Tensor, start: int
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Masks of the tokens from `start` on (see `_fan`)."""
+        """Masks for the tokens from `start` on; `places` and `numbers` as from `_fan`."""
         places, numbers, end = places.to(self.device), numbers.to(self.device), len(places)
         index = self._first(end)
         past = index <= index[start:end, None]
@@ -266,10 +268,9 @@ class Forward:
         return self._kind_masks((past & related)[None], places[start:end, None][None], places)
 
     def prefill_many(self, slot: int, sequences: list[Sequence]) -> torch.Tensor:
-        """Compute the rest of several prompts at once, in rows from `slot` on.
+        """Compute the remaining tokens of several prompts at once, in rows from `slot` on.
 
-        The rest must not contain part of an image. Returns logits [rows, vocabulary] of
-        the last tokens.
+        They must not belong to images. Returns logits [rows, vocabulary] of the last tokens.
         """
         if self.packs:
             groups = common_prefixes(sequences, [sequence.filled for sequence in sequences])
@@ -310,12 +311,13 @@ class Forward:
             return self._run(arguments, sequences)[:, -1]
 
     def prefill_fanned(self, slot: int, sequences: list[Sequence], start: int) -> torch.Tensor:
-        """Compute the rest of several prompts that begin alike: behind what row `slot` holds of all
-        of them, one after the other as branches, so that keys and values of the beginning are
-        read once and nothing is padded. Then each rest is stored in its own row, from `slot` on.
+        """Compute the remaining tokens of several prompts with a common beginning as branches of
+        one row, so that the beginning's keys and values are read once and nothing is padded. Then
+        copy each prompt's part to its own row, from `slot` on.
 
-        The first `start` tokens of all are the same, images and adapter included, and the rest is
-        plain. Row `slot` has room for all. Returns logits [rows, vocabulary] of the last tokens.
+        The first `start` tokens of all prompts, their images and adapters included, must be the
+        same and stored in row `slot`, which needs room for all that follow; these must not belong
+        to images. Returns logits [rows, vocabulary] of the last tokens.
         """
         lengths = [sequence.total - start for sequence in sequences]
         places, numbers = _fan(start, lengths)
@@ -344,8 +346,9 @@ class Forward:
         groups: list[tuple[list[int], int]],
         kept: list[range | list[int]] | None = None,
     ) -> torch.Tensor:
-        """Compute pieces of rows in one forward, none padded. Returns logits [some, vocabulary]: of
-        the last token of each piece, or of those at the places `kept` of each."""
+        """Compute pieces of rows in one forward, without padding. `groups`: see `common_prefixes`.
+        Returns logits [tokens, vocabulary] of the last token of each piece, or of those whose
+        indices within their piece are in `kept`."""
         assert self._direct is not None
         packing = Packing.of(pieces, groups)
         if kept is None:
@@ -389,10 +392,11 @@ class Forward:
     def verify(
         self, sequences: list[Sequence], drafts: list[list[int]], width: int
     ) -> torch.Tensor:
-        """The next token of rows 0 to len(sequences) - 1, and those after each token of a row's
-        draft. Returns logits [rows, width, vocabulary]; after its draft, a row's are meaningless.
+        """Compute the last token and the draft of rows 0 to len(sequences) - 1. Returns logits
+        [rows, width, vocabulary] of the token that follows each; those beyond a row's draft are
+        meaningless.
 
-        All rows have `width` tokens. Those behind a row's draft, and drafts that turn out wrong,
+        All rows have `width` tokens. Padding after a row's draft, and drafts that turn out wrong,
         are stored after the row's end, where later tokens overwrite them before they are read.
         """
         self._rope_axes = _axes(sequences[0], self._rope_axes)
@@ -434,7 +438,7 @@ class Forward:
         return result.view(len(sequences), width, -1)
 
     def _forward_tokens(self) -> int:
-        """Number of cached tokens that take as long to read as the weights."""
+        """How many cached tokens take as long to read as the weights."""
         layers = len(self.cache.slot_layers)
         token_bytes = self.cache.token_bytes + layers * self.cache.work_bytes
         return self._weight_bytes // max(token_bytes, 1)
@@ -470,8 +474,9 @@ class Forward:
         return torch.stack([positions] * (self._rope_axes - 3) + [shifted] * 3)
 
     def run_static(self, facts: torch.Tensor, length: int) -> torch.Tensor:
-        """A decode of fixed shape over `facts` [4, rows] (see `graphs`), reading `length`
-        positions. Only tensors change from one run to the next."""
+        """A decode of fixed shape over `facts` [4, rows] (see `graphs`) that reads `length`
+        positions. From one run to the next only the contents of tensors change. Returns logits
+        [rows, vocabulary]."""
         positions = facts[1][:, None]
         self.cache.plan.step(0, positions, length, row_index=facts[2])
         arguments: dict[str, Any] = {
@@ -483,7 +488,7 @@ class Forward:
         return self._run(arguments, [])[:, -1]
 
     def _first(self, length: int) -> torch.Tensor:
-        """Numbers 0 to `length` - 1 on the device, made once."""
+        """The integers 0 to `length` - 1 on the device, allocated once."""
         if self._index.shape[0] < length:
             self._index = torch.arange(2 * length, device=self.device)
         return self._index[:length]
@@ -491,16 +496,16 @@ class Forward:
     def _mask(
         self, positions: torch.Tensor, index: torch.Tensor
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Masks: which of the keys `index` [length] each new token sees, [rows, 1, tokens, length],
-        for each kind of layer; `positions` [rows, tokens]."""
+        """Masks [rows, 1, tokens, length] of the keys at positions `index` [length] that each new
+        token at `positions` [rows, tokens] attends to; by kind of layer if there are several."""
         own = positions[:, :, None]
         return self._kind_masks(index <= own, own, index)
 
     def _kind_masks(
         self, past: torch.Tensor, own: torch.Tensor, places: torch.Tensor
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Masks by kind of layer, of `past` [rows, tokens, length]: the keys that come before each
-        token; `own` and `places`: positions of the tokens and of the keys."""
+        """Masks by kind of layer. `past` [rows, tokens, length]: whether a key is not later than a
+        token; `own` and `places`: the positions of the tokens and of the keys."""
         masks: dict[str, torch.Tensor] = {}
         for kind in self._kinds:
             seen = past
@@ -527,17 +532,18 @@ class Forward:
         return logits
 
     def _is_direct(self, arguments: dict[str, Any]) -> bool:
-        """Whether a forward needs no mask but its own and takes no images: then nothing is left to
-        do for transformers' code around the layers."""
+        """Whether a forward takes no images and needs no mask other than the one given: then
+        transformers' code around the layers has nothing to do."""
         mask = arguments.get("attention_mask")
         alone = arguments["input_ids"].shape[1] == 1 or self.cache.plan.start == 0
         return arguments.keys() <= DIRECT and (isinstance(mask, torch.Tensor) or alone)
 
 
 def _runs(lengths: list[int], worth: int) -> list[tuple[int, int]]:
-    """Divide rows of these lengths, in order, into runs that are decoded one after the other: a row
-    is read to the end of the longest one in its run, so that one long row would slow down all
-    others. Runs are separated if that saves reading more than `worth` tokens."""
+    """Divide consecutive rows of these lengths into runs, each decoded in a forward of its own.
+    Every row of a run is read up to the length of the longest, so one long row would slow down all
+    others. A run is split if that saves reading more than `worth` tokens. Returns (start, end) of
+    each run."""
     runs: list[tuple[int, int]] = []
     open_ = [(0, len(lengths))]
     while open_:
@@ -561,8 +567,8 @@ def _runs(lengths: list[int], worth: int) -> list[tuple[int, int]]:
 
 
 def _fan(stem: int, branches: Items[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the tokens of a stem and branches of these lengths: positions, and the number of each
-    one's branch, 0 in the stem."""
+    """The position of each token of a stem and of branches of these lengths, and the number of its
+    branch (0 for the stem); int64 [tokens] each."""
     lengths = torch.tensor(branches)
     numbers = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), lengths)
     begins = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)

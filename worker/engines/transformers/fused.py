@@ -1,11 +1,10 @@
-"""Decoder layers of the Llama kind with few operators: one product for queries, keys and values,
-sums and activations inside of the products, the rotary embedding as one complex product.
+"""Fused decoder layers of the Llama kind: one product for queries, keys and values, sums and
+activations fused into products, and the rotary embedding as one complex multiplication.
 
-A decode step of a small model consists of some thirty operators a layer, of which seven multiply by
-weights; here there are about fifteen. It replaces only `forward` of a layer whose class is
-known to be of this form, and only if it computes what the layer itself does for a probe. All that
-is around layers (masks, caches, embeddings) stays with transformers. Must never hold
-weights twice.
+A decode step of a small model runs some thirty operators per layer, of which seven multiply by
+weights; a fused layer runs about fifteen. Only the `forward` of a layer whose class is known to
+have this form is replaced, and only if the fused one gives the same output for a probe. Everything
+around layers (masks, caches, embeddings) stays with transformers. Must never hold weights twice.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ log = logging.getLogger(__name__)
 LAYERS = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 )
-"""Classes of transformers with this form: norm, attention with rotary embedding, sum, norm, gated
-SiLU, sum."""
+"""Classes of transformers with this form: norm, attention with rotary embedding, residual sum,
+norm, gated SiLU, residual sum."""
 
 MODELS = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
-"""Classes whose forward is: embedding, layers, norm, head."""
+"""Classes of transformers whose forward consists of embedding, layers, norm and head."""
 
 ERRORS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative difference of a layer from transformers'. Observed: 9e-7 in float32,
@@ -52,12 +51,12 @@ PROBED_ROWS, PROBED_TOKENS = 2, 5
 
 BLOCK_TOKENS = 128
 BLOCK_SCORES = 1 << 20
-"""Attention of a prompt computes so many tokens at a time, fewer if there were more scores than
-that for each head of keys."""
+"""Attention of a prompt is computed for at most this many tokens at a time, and for fewer if they
+would have more scores than this for each key head."""
 
 
 class Product(nn.Module):
-    """A linear layer with torch's own product, beside `PackedLinear`."""
+    """A linear layer that uses torch's own product, with the interface of `PackedLinear`."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -80,17 +79,17 @@ AnyProduct = Product | PackedLinear
 
 
 class Part(nn.Module):
-    """Some outputs of a joined layer, for code that calls the layer that was joined."""
+    """Some outputs of a joined layer, in place of one of the layers that were joined."""
 
     def __init__(self, joined: AnyProduct, outputs: torch.Tensor) -> None:
         super().__init__()
-        # In a tuple: a module's parameters count once.
+        # In a tuple, so that the joined layer's parameters are not registered here again.
         self._joined = (joined,)
         self._outputs = outputs
 
     @property
     def weight(self) -> torch.Tensor:
-        """The plain weight [outputs, inputs], made anew each time."""
+        """The plain weight [outputs, inputs], copied on each access."""
         return self._joined[0].weight[self._outputs]
 
     @property
@@ -104,8 +103,9 @@ class Part(nn.Module):
 
 
 class Shared:
-    """What all layers of one forward use, computed by the first: the rotary factors as complex
-    numbers, and masks as sums. Keyed by the tensors they were made of."""
+    """What all layers of a forward use and the first one computes: rotary factors as complex
+    numbers, and masks in the form that is added to scores. Keyed by the tensors from which they
+    were made."""
 
     def __init__(self) -> None:
         self._cos: torch.Tensor | None = None
@@ -114,7 +114,7 @@ class Shared:
         self._causal = torch.zeros(0, 0)
 
     def turns(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """complex64 [rows, tokens, 1, head_dim / 2]."""
+        """The rotary factors cos + i sin: complex64 [rows, tokens, 1, head_dim / 2]."""
         if cos is not self._cos:
             half = cos.shape[-1] // 2
             turns = torch.complex(cos[..., :half].float(), sin[..., :half].float())
@@ -124,7 +124,8 @@ class Shared:
         return self._turns
 
     def mask(self, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """A mask that is added to scores."""
+        """`mask` in the form that is added to scores: 0 where a boolean mask allows attention, else
+        minus infinity."""
         if mask is None or mask.dtype is not torch.bool:
             return mask
         for known, added in self._masks:
@@ -136,7 +137,7 @@ class Shared:
         return added
 
     def causal(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
-        """The mask [tokens, tokens] of as many tokens that see none after them."""
+        """The additive causal mask [tokens, tokens]."""
         if self._causal.shape[0] < tokens or self._causal.dtype is not like.dtype:
             whole = torch.full((tokens, tokens), -torch.inf, dtype=like.dtype, device=like.device)
             self._causal = whole.triu(1)
@@ -144,7 +145,7 @@ class Shared:
 
 
 class FusedLayer:
-    """`forward` of one decoder layer."""
+    """The fused `forward` of one decoder layer. `pack`: with packed weights (see `packed`)."""
 
     def __init__(self, layer: Any, shared: Shared, *, pack: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -156,7 +157,7 @@ class FusedLayer:
         self._keys = attention.k_proj.out_features // self._dim
         self._queries = attention.q_proj.out_features // self._dim
         self._rotated = self._queries + self._keys
-        # Pairs of the rotary embedding lie side by side, as complex numbers do.
+        # The two halves of each rotary pair are put side by side, as complex numbers are stored.
         pairs = torch.arange(self._dim).view(2, -1).t().flatten()
         places = torch.arange(self._rotated)[:, None] * self._dim + pairs
         order = torch.cat(
@@ -180,11 +181,11 @@ class FusedLayer:
         self._normed_inside = Norm(layer.post_attention_layernorm, self.kernels)
         own_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
         self._head_norms = [Norm(norm, order=pairs) for norm in own_norms]
-        # torch's attention multiplies by MKL, which is the slow one where oneDNN is faster.
+        # torch's attention uses MKL, which is the slower one where oneDNN's packing pays.
         self._blockwise = pack
 
     def install(self, layer: Any) -> None:
-        """Take the place of the layer's own code, and of its weights."""
+        """Replace the layer's `forward` and its weights."""
         attention, mlp = layer.self_attn, layer.mlp
         back = torch.argsort(self._order)
         sizes = [self._queries, self._keys, self._keys]
@@ -208,7 +209,7 @@ class FusedLayer:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As transformers' decoder layers: hidden states [rows, tokens, size] in and out."""
+        """Like transformers' decoder layers: hidden states [rows, tokens, size] in and out."""
         joined = self.qkv.product(self._normed_input(hidden_states), "none")
         cache = past_key_values if cache is None else cache
         packed = cache.plan.packed if type(cache) is SlotCache else None
@@ -225,7 +226,8 @@ class FusedLayer:
     def _attend_packed(
         self, joined: torch.Tensor, turns: torch.Tensor, layer: SlotLayer, packed: Packed
     ) -> torch.Tensor:
-        """Attention of tokens of any rows, after their keys and values are stored."""
+        """Store keys and values of packed tokens, and compute their attention [..., queries *
+        head_dim]."""
         assert self.kernels is not None
         heads = joined.view(-1, self._rotated + self._keys, self._dim)
         layer.prepare(heads[None, :, : self._keys], heads[None, :, : self._keys])
@@ -271,7 +273,7 @@ class FusedLayer:
             if cache is not None:
                 keys, values = cache.update(keys, values, self._index)
             if attention_mask is None and tokens > 1:
-                # Of a cache of fixed size, transformers masks what is not filled by leaving it out.
+                # A cache of fixed size returns all of it; only what is filled may be attended to.
                 keys, values = keys[:, :, :tokens], values[:, :, :tokens]
         mask = self._shared.mask(attention_mask, joined.dtype)
         return self._attend(rotated[:, :, : self._queries], keys, values, mask)
@@ -296,14 +298,14 @@ class FusedLayer:
         length, head_dim]. Returns [rows, tokens, heads * head_dim]."""
         rows, tokens = queries.shape[:2]
         if tokens == 1:
-            # The queries that share a head of keys are as tokens to it.
+            # Queries that share a key head are treated as tokens of that head.
             folded = queries.view(rows, self._keys, -1, self._dim)
             seen = scaled_dot_product_attention(
                 folded, keys, values, attn_mask=mask, scale=self._scaling
             )
             return seen.reshape(rows, 1, -1)
         if mask is None and keys.shape[2] != tokens:
-            raise ValueError("tokens behind others need a mask")
+            raise ValueError("several tokens that follow cached ones need a mask")
         if self._blockwise and rows == 1 and tokens >= BLOCK_TOKENS // 2:
             return self._attend_blockwise(queries[0], keys[0], values[0], mask)
         seen = scaled_dot_product_attention(
@@ -324,9 +326,10 @@ class FusedLayer:
         values: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of one row's last tokens, some at a time, by oneDNN's products, which torch's
-        own attention does not use: queries [tokens, heads, head_dim], keys and values [heads,
-        length, head_dim]. Without a mask, each sees its row up to itself."""
+        """Attention of one row's last tokens, a block at a time, with oneDNN's products, which
+        torch's own attention does not use. Queries [tokens, heads, head_dim], keys and values
+        [heads, length, head_dim]. Without a mask, attention is causal. Returns [1, tokens, heads *
+        head_dim]."""
         tokens, length = queries.shape[0], keys.shape[1]
         keys, values = keys.contiguous(), values.transpose(1, 2).contiguous()
         group = self._queries // self._keys
@@ -353,8 +356,8 @@ class FusedLayer:
 
 
 def prepare_layers(model: nn.Module, settings: EngineSettings) -> None:
-    """Make a model that was just loaded quick, as `settings` allow. Adapters are inside of layers,
-    and share weights with their base: such a model stays as it is."""
+    """Fuse and pack the layers of a model that was just loaded, as `settings` allow. A model with
+    adapters is left as it is: they are inside its layers and share weights with their base."""
     first = next(model.parameters())
     on_cpu = first.device.type == "cpu"
     adapted = settings.adapters or settings.adapters_folder
@@ -368,8 +371,8 @@ def prepare_layers(model: nn.Module, settings: EngineSettings) -> None:
 
 class DirectForward:
     """The forward of a model whose layers are all fused, without transformers' code around them,
-    which takes a tenth of a single row's step. For caches of slots, with masks as `Forward` makes
-    them."""
+    which takes a tenth of a single row's step. Only for a `SlotCache`, with masks as `Forward`
+    makes them."""
 
     def __init__(self, model: Any) -> None:
         self._embed = model.model.embed_tokens
@@ -378,7 +381,7 @@ class DirectForward:
         fused = [layer.fused for layer in model.model.layers]
         self._norm = Norm(model.model.norm, fused[0].kernels if fused else None)
         self._head = model.lm_head
-        #: Whether it computes packed tokens.
+        #: Whether it can compute packed tokens.
         self.packs = all(one.kernels is not None for one in fused)
 
     def __call__(
@@ -389,8 +392,8 @@ class DirectForward:
         attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
     ) -> torch.Tensor:
-        """Logits [rows, kept tokens, vocabulary]. Without a mask, tokens see all that came
-        before."""
+        """Logits [rows, kept tokens, vocabulary]. Without a mask, each token attends to all that
+        precede it in its row."""
         states = self._embed(input_ids)
         turns = self._rotary(states, position_ids)
         for layer in self._layers:
@@ -404,8 +407,8 @@ class DirectForward:
 
 
 def direct_forward(model: Any) -> DirectForward | None:
-    """The direct forward of a causal language model of a known class, all of whose layers are
-    fused; None for any other."""
+    """The direct forward of a causal language model of a known class whose layers are all fused;
+    None for any other model."""
     kind = type(model)
     if kind.__name__ not in MODELS or not kind.__module__.startswith("transformers.models."):
         return None
@@ -424,8 +427,8 @@ def direct_forward(model: Any) -> DirectForward | None:
 
 
 def fuse_layers(model: nn.Module, *, pack: bool) -> int:
-    """Fuse all decoder layers of a model that are known and agree with their own code. Returns how
-    many. `pack`: their weights are packed (see `packed`)."""
+    """Fuse all decoder layers of a model that have a known class and whose fused form agrees with
+    their own code. Returns how many were fused. `pack`: also pack their weights (see `packed`)."""
     count = 0
     for owner, layers in _stacks(model):
         shared = Shared()
@@ -437,7 +440,7 @@ def fuse_layers(model: nn.Module, *, pack: bool) -> int:
             )
             error = _difference(layer, fused, owner.rotary_emb)
             if not error <= ERRORS[layer.mlp.down_proj.weight.dtype]:
-                log.warning("a fused layer differs from its own code by %.2g: not fused", error)
+                log.warning("a layer is not fused: its output would differ by %.2g", error)
                 continue
             fused.install(layer)
             count += 1
@@ -480,7 +483,7 @@ def _is_observed(module: nn.Module) -> bool:
 
 @torch.inference_mode()
 def _difference(layer: Any, fused: FusedLayer, rotary: Any) -> float:
-    """Relative difference of the two for a probe with a causal mask."""
+    """Relative difference of a layer and its fused form, for a probe with a causal mask."""
     weight = layer.self_attn.q_proj.weight
     numbers = torch.arange(PROBED_ROWS * PROBED_TOKENS * weight.shape[1], dtype=torch.float32)
     probe = torch.sin(numbers).view(PROBED_ROWS, PROBED_TOKENS, -1)
@@ -496,20 +499,20 @@ def _difference(layer: Any, fused: FusedLayer, rotary: Any) -> float:
 
 
 class Norm:
-    """RMSNorm as Llama has it, in float32. Torch's `rms_norm` makes three temporary tensors of the
-    same size on a CPU."""
+    """RMSNorm as in Llama, computed in float32. On a CPU, torch's `rms_norm` makes three temporary
+    tensors of the same size."""
 
     def __init__(
         self, norm: Any, kernels: Kernels | None = None, *, order: torch.Tensor | None = None
     ) -> None:
-        """`order`: of the weights, if not as they are."""
+        """`order`: a permutation of the weights; None leaves them in order."""
         weight: torch.Tensor = norm.weight.detach()
         size = weight.shape[0]
         self.weight = (weight if order is None else weight[order]).contiguous()
         self.epsilon = float(norm.variance_epsilon)
         self._kernels = kernels
         self._dtype = weight.dtype
-        # |x| / sqrt(size) and sqrt(epsilon) are the legs of a triangle whose hypotenuse divides x.
+        # x / sqrt(mean(x * x) + epsilon) is x * sqrt(size) / hypot(|x|, sqrt(epsilon * size)).
         self._factor = size**0.5
         self._leg = torch.tensor((self.epsilon * size) ** 0.5, device=weight.device)
 
@@ -522,7 +525,7 @@ class Norm:
 
 
 def _times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """[rows, size] times the transpose of [columns, size], by oneDNN."""
+    """`left` [rows, size] times the transpose of `right` [columns, size], by oneDNN."""
     result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
         left, right.contiguous(), None, "none", [], ""
     )

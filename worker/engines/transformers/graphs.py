@@ -1,11 +1,11 @@
 """Decode steps of fixed shape, captured once as CUDA graphs and replayed.
 
-On a GPU a decode step of a small batch is bound by the launch of its thousand kernels, not by
-their work. Here rows and lengths are rounded up to buckets, everything that changes is in one
-static buffer, and the forward over it is captured. Rows that only fill a bucket write into a
-spare row of the cache that is never read. A model whose forward cannot be captured runs
-uncaptured, and the reason is recorded. Without CUDA the same static step can be run uncaptured,
-which is how it is tested.
+On a GPU, a decode step of a small batch is bound by launching its thousand kernels, not by their
+work. Here rows and lengths are rounded up to buckets, everything that changes is in one static
+buffer, and the forward over it is captured. Rows that only fill up a bucket write to a spare row
+of the cache that is never read. A model whose forward cannot be captured runs uncaptured, and the
+reason is recorded. Without CUDA the same static step can be run uncaptured, which is how it is
+tested.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 LENGTH_STEP = 256
-"""Length buckets are multiples of this up to four times it, then of a quarter of their size, so a
-step reads at most a quarter more than it needs."""
+"""Length buckets are multiples of this up to four times its value. Above that, their spacing grows
+with the length, up to half of it."""
 WARM_UP_LENGTHS = (256, 512)
 """Length buckets prepared at load time, for every bucket of rows."""
 WARM_UP_RUNS = 2
@@ -36,12 +36,12 @@ WARM_UP_RUNS = 2
 
 
 class _Step:
-    """One captured shape: its buffer, its graph, its output."""
+    """A step of one shape: its input buffer, its graph if it is captured, and its output."""
 
     __slots__ = ("facts", "graph", "logits")
 
     def __init__(self, facts: torch.Tensor) -> None:
-        #: int64 [4, rows]: token, position, row of the cache, M-RoPE shift.
+        #: int64 [4, rows]: token, position, row of the cache, M-RoPE offset.
         self.facts = facts
         self.graph: Any = None
         self.logits: torch.Tensor | None = None
@@ -60,13 +60,13 @@ class StaticDecode:
         self.refused = ""
 
     def decode(self, sequences: list[Sequence]) -> torch.Tensor | None:
-        """Logits [rows, vocabulary], valid until the next call; None if the caller must run
-        the step itself."""
+        """Logits [rows, vocabulary], valid until the next call; None if the caller must run the
+        step itself."""
         cache = self._forward.cache
         if self.refused or not cache.token_bytes:
             return None
         if self._generation != cache.generation:
-            # The cache was reallocated: captured steps point to freed memory.
+            # The cache has been reallocated: captured steps point to freed memory.
             self._steps.clear()
             self._generation = cache.generation
         count = len(sequences)
@@ -87,7 +87,7 @@ class StaticDecode:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Prepare the steps of ordinary requests in advance: a capture takes much of a second."""
+        """Prepare the steps of ordinary requests in advance: a capture takes most of a second."""
         cache = self._forward.cache
         self._steps.clear()
         self._generation = cache.generation
@@ -149,12 +149,12 @@ class StaticDecode:
 
 
 def row_bucket(rows: int, slots: int) -> int:
-    """The smallest bucket that holds `rows`, never more than there are slots."""
+    """The smallest bucket that holds `rows` rows, at most `slots`."""
     return min(next((size for size in ROW_BUCKETS if size >= rows), slots), slots)
 
 
 def length_bucket(length: int, capacity: int) -> int:
-    """The smallest bucket that holds `length` tokens, never more than the capacity."""
+    """The smallest bucket that holds `length` tokens, at most `capacity`."""
     step = LENGTH_STEP
     while length > 4 * step:
         step *= 2

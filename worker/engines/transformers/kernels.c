@@ -1,13 +1,14 @@
-/* What a decoder layer of the Llama kind computes between its products, on a CPU (see kernels.py).
+/* What a decoder layer of the Llama kind computes between its matrix products, on a CPU (see
+ * kernels.py).
  *
- * Compiled when a model is loaded, for its type and the width of its heads:
+ * Compiled when a model is loaded, for its dtype and the shape of its heads:
  *   HEAD_DIM   width of a head
- *   GROUP      heads of queries that share a head of keys
- *   BFLOAT16   defined: numbers are bfloat16, else float; sums are float either way
+ *   GROUP      query heads that share a key head
+ *   BFLOAT16   if defined, numbers are bfloat16, else float; sums are float in either case
  *
- * Nothing is allocated, and nothing is read or written beyond what the arguments say. Must never
- * be compiled so that numbers that are not finite count as finite ones: the engine finds by them
- * that a model is broken.
+ * Nothing is allocated, and nothing is read or written beyond what the arguments say. Must never be
+ * compiled with the assumption that all numbers are finite: NaN and infinity tell the engine that a
+ * model is broken.
  */
 
 #include <math.h>
@@ -39,10 +40,10 @@ static inline float get(number value) { return value; }
 static inline number put(float value) { return value; }
 #endif
 
-/* Keys and values of so many tokens stay in the processor's cache. */
+/* Keys and values of this many tokens stay in the processor's cache. */
 enum { BLOCK = 128 };
 
-/* exp of a number of at most 0, within two units in the last place (Cephes' polynomial). */
+/* exp(x) for x <= 0, accurate to two units in the last place (Cephes' polynomial). */
 static inline float exp_below(float x)
 {
     x = x < -87.0f ? -87.0f : x;
@@ -61,8 +62,8 @@ static inline float exp_below(float x)
     return sum * power;
 }
 
-/* The largest of some numbers and `peak`. In lanes, since compilers do not take the order of such
- * comparisons for free where a number may be NaN. */
+/* The largest of `numbers` and `peak`. Written in lanes, because compilers must not reorder such
+ * comparisons if a number may be NaN. */
 static inline float largest(const float *numbers, long count, float peak)
 {
     float peaks[16];
@@ -79,8 +80,9 @@ static inline float largest(const float *numbers, long count, float peak)
     return peak;
 }
 
-/* Turns scores into shares of a sum that goes on: their exponentials, with the largest score so far
- * and the whole sum. Returns what the sum before is to be multiplied by. */
+/* One step of an online softmax: replaces scores by exp(score - `most`), where `most` is the largest
+ * score so far, and adds them to `whole`, the sum so far. Returns the factor by which everything
+ * accumulated before must be multiplied. */
 static inline float to_shares(float *scores, long count, float *most, float *whole)
 {
     if (!count)
@@ -104,7 +106,8 @@ static inline float score(const float *query, const number *key)
     return sum;
 }
 
-/* seen [HEAD_DIM] times `kept`, plus values [count, HEAD_DIM], `width` apart, by their shares. */
+/* seen [HEAD_DIM] = seen * kept + the sum of shares [count] times values [count, HEAD_DIM], whose
+ * rows are `width` numbers apart. */
 static inline void add_values(
     float *seen, float kept, const float *shares, const number *values, long width, long count)
 {
@@ -138,8 +141,8 @@ void norm(
         norm_row(out + row * size, in + row * size, weight, size, epsilon);
 }
 
-/* Norms of its heads, where the model has those, and rotation by turns [HEAD_DIM / 2][2] of one
- * token's queries and keys. */
+/* Normalises one token's query and key heads, if the model has such norms, and rotates them by
+ * turns [HEAD_DIM / 2][2] (cosine and sine). */
 static inline void turn_heads(
     number *token, const float *turns, long key_heads, const number *query_norm,
     const number *key_norm, float epsilon)
@@ -194,7 +197,7 @@ static void attend_token(
             out[head * HEAD_DIM + i] = put(seen[head][i] / whole[head]);
 }
 
-/* A matrix product in registers: ROWS rows of WIDE numbers. */
+/* The part of a matrix product that is computed in registers: ROWS rows of WIDE numbers. */
 #if defined(__AVX512F__)
 enum { LANES = 16, ROWS = 8 };
 #elif defined(__AVX__)
@@ -205,7 +208,8 @@ enum { LANES = 4, ROWS = 8 };
 enum { WIDE = 2 * LANES };
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 
-/* sums [ROWS, WIDE] += left [ROWS, depth] times right [depth, WIDE], of wider matrices. */
+/* sums [ROWS, WIDE] += left [ROWS, depth] times right [depth, WIDE]. Each is a part of a matrix whose
+ * rows are `*_width` numbers apart. */
 static inline void add_tile(
     float *sums, long sums_width, const float *left, long left_width, const float *right,
     long right_width, long depth)
@@ -233,23 +237,24 @@ static inline void add_tile(
 }
 
 enum {
-    /* Queries of one head of keys that are computed together, of so many tokens. */
+    /* Queries of one key head that are computed together, and the tokens to which they belong. */
     ASKED = GROUP > 64 ? GROUP : 64,
     TOKENS = ASKED / GROUP,
     ASKED_ROWS = (ASKED + ROWS - 1) / ROWS * ROWS,
     WIDTH = (HEAD_DIM + WIDE - 1) / WIDE * WIDE,
 };
 
-/* Rows of the cache, of one head of keys: `width` numbers from one token to the next. */
+/* The cache of one key head: tokens are `width` numbers apart, and rows `capacity` tokens. */
 struct rows {
     const number *keys, *values;
     long width, capacity;
 };
 
-/* Attention of `tokens` tokens, at most TOKENS, with one head of keys, of whose queries and results
- * the first are given, and how many numbers lie between those of one token and the next. They see
- * `end` keys of row `cache_row`; with `own_rows` each sees the keys of its own row from there up to
- * itself, else they follow each other at the end of what they see. */
+/* Attention of `tokens` tokens, at most TOKENS, for one key head. `queries` and `out` point to the
+ * first token's; those of the next token are `query_width` and `out_width` numbers further. All
+ * tokens attend to the first `end` keys of row `cache_row`. With `own_rows`, each then attends to
+ * the keys of its own row from there up to its place; without, they are the last tokens of those
+ * `end`, and each attends to none after itself. */
 static void attend_block(
     number *out, long out_width, const number *queries, long query_width, struct rows cache,
     long cache_row, long end, long tokens, const int64_t *own_rows, const int64_t *places,
@@ -289,7 +294,7 @@ static void attend_block(
                     &scores[row][at], BLOCK, asked[row], HEAD_DIM, &key_columns[0][at], BLOCK,
                     HEAD_DIM);
         for (long row = 0; row < count; row++) {
-            /* A token sees none after itself. */
+            /* No token attends to one after itself. */
             long visible = start + row / GROUP + 1 - first;
             visible = visible < 0 ? 0 : visible < filled ? visible : filled;
             float kept = to_shares(scores[row], visible, &most[row], &whole[row]);
@@ -321,9 +326,9 @@ static void attend_block(
                 put(seen[row][i] / whole[row]);
 }
 
-/* Rotates the queries and keys of tokens [tokens, (GROUP + 2) * key_heads, HEAD_DIM] in place by
- * turns [tokens, HEAD_DIM / 2, 2], and stores keys and values of each at its place of its row of
- * the caches [rows, capacity, key_heads, HEAD_DIM]. */
+/* Normalises and rotates the queries and keys of token_heads [tokens, (GROUP + 2) * key_heads,
+ * HEAD_DIM] in place by turns [tokens, HEAD_DIM / 2, 2], and stores each token's keys and values at
+ * its row and place in the caches [rows, capacity, key_heads, HEAD_DIM]. */
 void store(
     number *token_heads, const float *turns, number *keys, number *values, const int64_t *rows,
     const int64_t *places, long tokens, long capacity, long key_heads, const number *query_norm,
@@ -340,7 +345,7 @@ void store(
     }
 }
 
-/* Attention of tokens, as they are after `store`, each to its row up to itself, one by one. Into
+/* Attention of tokens one by one, after `store`, each to its row up to itself. Writes to
  * out [tokens, GROUP * key_heads, HEAD_DIM]. */
 void attend(
     number *out, const number *token_heads, const number *keys, const number *values,
@@ -357,9 +362,9 @@ void attend(
     }
 }
 
-/* Attention in blocks, of tokens that follow each other at the end of the first `end` tokens of row
- * `row`; or, with `own_rows` and `places`, of tokens that all see those, and then the rest of their
- * own rows up to themselves. */
+/* Attention in blocks. The tokens are the last of the first `end` tokens of row `row`; or, with
+ * `own_rows` and `places`, all attend to those `end` tokens, and then to the rest of their own rows
+ * up to themselves. */
 void attend_together(
     number *out, const number *token_heads, const number *keys, const number *values, long row,
     long end, const int64_t *own_rows, const int64_t *places, long tokens, long capacity,
@@ -369,7 +374,7 @@ void attend_together(
     long blocks = (tokens + TOKENS - 1) / TOKENS;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (long part = 0; part < blocks * key_heads; part++) {
-        /* The last tokens see most: they begin. */
+        /* The last tokens attend to most, so they are computed first. */
         long first = (blocks - 1 - part / key_heads) * TOKENS, head = part % key_heads;
         long count = tokens - first < TOKENS ? tokens - first : TOKENS;
         struct rows cache = {keys + head * HEAD_DIM, values + head * HEAD_DIM, width, capacity};

@@ -1,11 +1,11 @@
-"""What a decoder layer computes between its products, compiled on this machine.
+"""What a decoder layer computes between its matrix products, in C compiled on this machine.
 
-Of a decode step of many rows, torch's attention reads each row to the end of the longest one and
-takes three times as long as reading its keys and values does; norms and rotary embedding consist of
-many small operators. `kernels.c` has them as plain C, of which the system's compiler makes a
-library when a model is loaded (a second; kept for later starts). Where there is no compiler, or the
-result differs from torch's, layers use torch's operators. Must never run a library that others can
-write.
+In a decode step of many rows, torch's attention reads each row up to the length of the longest, and
+takes three times as long as reading the keys and values; norms and rotary embeddings consist of
+many small operators. `kernels.c` implements them in plain C, which the system's compiler turns into
+a library when a model is loaded (this takes a second; the library is kept for later starts).
+Without a compiler, or if the results differ from torch's, layers use torch's operators. Must never
+load a library that other users can write.
 """
 
 from __future__ import annotations
@@ -39,30 +39,31 @@ ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 FLAGS = (
     *("-O3", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=fast"),
-    # Sums in any order. Not -ffast-math: it drops NaN, and changes how torch treats tiny numbers.
+    # Sums in any order. Not -ffast-math, which assumes that there is no NaN and makes the whole
+    # process flush denormal numbers to zero.
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
 TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-"""Further flags, until a compiler takes them."""
+"""Further flags: the first set that the compiler accepts is used."""
 COMPILE_S = 60.0
 
-_NUMBER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
 class Kernels:
-    """The compiled functions, for one dtype and width of heads."""
+    """The compiled functions for one dtype, `head_dim` and number of query heads per key head."""
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, dim: int) -> None:
         self.dtype = dtype
         self._dim = dim
         self._norm = library.norm
-        self._norm.argtypes = [*[_NUMBER] * 3, _COUNT, _COUNT, _FLOAT, _COUNT]
+        self._norm.argtypes = [*[_POINTER] * 3, _COUNT, _COUNT, _FLOAT, _COUNT]
         self._store = library.store
-        self._store.argtypes = [*[_NUMBER] * 6, *[_COUNT] * 3, _NUMBER, _NUMBER, _FLOAT, _COUNT]
+        self._store.argtypes = [*[_POINTER] * 6, *[_COUNT] * 3, _POINTER, _POINTER, _FLOAT, _COUNT]
         self._attend = library.attend
-        self._attend.argtypes = [*[_NUMBER] * 6, *[_COUNT] * 3, _FLOAT, _COUNT]
+        self._attend.argtypes = [*[_POINTER] * 6, *[_COUNT] * 3, _FLOAT, _COUNT]
         self._together = library.attend_together
-        self._together.argtypes = [*[_NUMBER] * 4, _COUNT, _COUNT, _NUMBER, _NUMBER]
+        self._together.argtypes = [*[_POINTER] * 4, _COUNT, _COUNT, _POINTER, _POINTER]
         self._together.argtypes += [*[_COUNT] * 3, _FLOAT, _COUNT]
         for function in (self._norm, self._store, self._attend, self._together):
             function.restype = None
@@ -89,11 +90,12 @@ class Kernels:
         epsilon: float = 0.0,
     ) -> None:
         """Rotate queries and keys of `heads` [tokens, queries + 2 * keys, head_dim] in place, and
-        store keys and values of each token in caches [rows, capacity, heads, head_dim].
+        store the keys and values of each token in caches [rows, capacity, heads, head_dim].
 
-        All are contiguous; `turns`: complex64 [tokens, head_dim / 2]; `rows` and `places`: int64
-        [tokens], within the caches; `norms`: weights [head_dim] of the norms of queries and keys,
-        before the rotation.
+        All must be contiguous. `turns`: rotary factors, complex64 [tokens, head_dim / 2]; `rows`
+        and `places`: int64 [tokens], which must lie within the caches; `norms`: weights [head_dim]
+        of the norms that are applied to queries and keys before the rotation. Raises `ValueError`
+        if the numbers of tokens differ.
         """
         tokens = len(heads)
         if len(rows) != tokens or len(places) != tokens or 2 * turns.numel() != tokens * self._dim:
@@ -119,8 +121,8 @@ class Kernels:
         tokens: int,
         scale: float,
     ) -> None:
-        """Attention of the first `tokens` tokens, after `store`, to their rows up to themselves,
-        into `out` [tokens or more, queries * head_dim]."""
+        """Attention of the first `tokens` tokens, after `store`, each to its row up to itself.
+        Writes to `out` [at least `tokens`, queries * head_dim]."""
         self._attend(
             *(out.data_ptr(), heads.data_ptr(), keys.data_ptr(), values.data_ptr()),
             *(rows.data_ptr(), places.data_ptr(), tokens, keys.shape[1], keys.shape[2]),
@@ -138,11 +140,12 @@ class Kernels:
         scale: float,
         own: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Attention of all tokens of `heads`, after `store`, in blocks, into `out`.
+        """Attention of all tokens of `heads`, after `store`, computed in blocks. Writes to `out`
+        [tokens, queries * head_dim].
 
-        They follow each other in `row`, of which the last one sees `end` tokens; or, with their
-        `own` rows and places, int64 [tokens] each, all see `end` tokens of `row`, and then those of
-        their own rows from there up to themselves.
+        The tokens are consecutive in `row`, and the last attends to the row's first `end` tokens.
+        Or, with their `own` rows and places (int64 [tokens] each), all attend to the first `end`
+        tokens of `row`, and then to their own rows from there up to themselves.
         """
         own_rows, own_places = (None, None) if own is None else (one.data_ptr() for one in own)
         self._together(
@@ -154,14 +157,15 @@ class Kernels:
 
 @functools.cache
 def compiled(dtype: torch.dtype, dim: int, group: int) -> Kernels | None:
-    """The functions for numbers of this type, heads of `dim` and `group` heads of queries to one of
-    keys; None where they cannot be had, which the log says."""
+    """The functions for this dtype, a `head_dim` of `dim` and `group` query heads per key head;
+    None if they cannot be used here. The log says why, except for other dtypes and an odd `dim`."""
     if dtype not in DTYPES or dim % 2:
         return None
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         log.info(
-            "there is no C compiler (cc): attention uses torch's operators, which take more CPU"
+            "there is no C compiler (cc): attention uses torch's operators, which take more CPU "
+            "time"
         )
         return None
     constants = (*DTYPES[dtype], f"-DHEAD_DIM={dim}", f"-DGROUP={group}")
@@ -169,16 +173,17 @@ def compiled(dtype: torch.dtype, dim: int, group: int) -> Kernels | None:
         kernels = Kernels(_library(compiler, constants), dtype, dim)
         error = _difference(kernels, dim, group)
     except (OSError, subprocess.SubprocessError, AttributeError) as failure:
-        log.warning("attention uses torch's operators: its C code: %s", one_line(failure))
+        log.warning("attention uses torch's operators: its C code failed: %s", one_line(failure))
         return None
     if not error <= ERRORS[dtype]:
-        log.warning("attention uses torch's operators: its C code differs by %.2g", error)
+        log.warning("attention uses torch's operators: its C code differs by %.2g from them", error)
         return None
     return kernels
 
 
 def _library(compiler: str, constants: tuple[str, ...]) -> ctypes.CDLL:
-    """The library, compiled unless it was before. Raises `OSError` or `SubprocessError`."""
+    """The library, compiled now unless it is in the cache. Raises `OSError` or
+    `SubprocessError`."""
     source = SOURCE.read_bytes()
     made_of = repr((compiler, _version(compiler), FLAGS, TRIED, constants, _processor()))
     name = hashlib.sha256(source + made_of.encode()).hexdigest()[:32]
@@ -197,11 +202,11 @@ def _compile(compiler: str, constants: tuple[str, ...], path: Path) -> None:
             command = [compiler, *FLAGS, *further, *constants, "-o", str(made), str(SOURCE), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
             if done.returncode == 0:
-                # Another worker may have been quicker; theirs is the same.
+                # Another worker may have been faster; its library is the same.
                 made.replace(path)
                 return
             said = said or done.stderr
-        raise OSError(f"{compiler} failed: {said.strip()[-300:] or 'it said nothing'}")
+        raise OSError(f"{compiler} failed: {said.strip()[-300:] or 'without a message'}")
 
 
 def _version(compiler: str) -> str:
@@ -210,7 +215,8 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What the compiler makes the library for: other processors may share this folder."""
+    """A description of this processor, for which the library is compiled: machines with other ones
+    may share the folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -221,8 +227,8 @@ def _processor() -> str:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """Where libraries stay: this user's cache, or for this start alone a temporary folder, where
-    that cannot be written or belongs to somebody else."""
+    """The folder for libraries: in this user's cache or, if that cannot be written or others could
+    write to it, a temporary one for this start alone."""
     try:
         own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenbus"
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -273,7 +279,7 @@ def _difference(kernels: Kernels, dim: int, group: int) -> float:
     kernels.attend(heads, keys, values, rows, places, seen, 3, dim**-0.5)
     kernels.attend_together(heads[:2], keys, values, 0, 5, together[:2], dim**-0.5)
     kernels.attend_together(heads[2:], keys, values, 1, 141, together[2:], dim**-0.5)
-    # What all see and what it sees itself are the same row here.
+    # Here the common row and the token's own row are the same.
     kernels.attend_together(
         *(heads[2:], keys, values, 1, 130, behind[2:], dim**-0.5, (rows[2:], places[2:]))
     )

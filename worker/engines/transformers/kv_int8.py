@@ -1,10 +1,10 @@
-"""Keys and values in 8 bits: how they are held, and a cache that rounds like it.
+"""Keys and values in 8 bits: how they are stored, and a cache that rounds in the same way.
 
-A key or value of one token and head is `head_dim` symmetric codes and one float32 scale, side by
-side in int8, so that whatever moves rows of the cache moves scales with them. All tokens are read
-as they were stored, a token's own too: an answer does not depend on how its prompt was cut, on a
-reused prefix, on neighbours or on a resume, other than by rounding. Must never hide a key that
-is not finite: its scale is not finite either.
+The key or value of one token and head is stored as `head_dim` symmetric codes and one float32
+scale, side by side in int8, so whatever moves rows of the cache moves their scales with them. All
+tokens are read as they were stored, a token's own included: beyond rounding, an answer does not
+depend on how its prompt was cut, on a reused prefix, on neighbouring rows or on a resume. Must
+never hide a key that is not finite: its scale is not finite either.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ __all__ = ["Int8Codec", "KvInt8", "RoundedCache"]
 
 LARGEST_CODE = 127
 SCALE_BYTES = 4
-"""One float32; codes are padded to a multiple of it, so that it is aligned."""
+"""One float32; codes are padded to a multiple of its size, so that it is aligned."""
 
 PIECE = 1 << 18
-"""Numbers that are converted at once: 1 MiB of float32."""
+"""Elements that are converted at once: 1 MiB of float32."""
 
 SMALLEST_SCALE = 1e-30
-"""For keys of zeros."""
+"""The scale of a key of zeros."""
 
 OUTLIER = 4
-"""A model has outlying channels of keys if one is at least so many times the usual one. Biases of
-keys (Qwen2) are up to a hundred times."""
+"""A model's keys have outlier channels if one of them is at least this many times as large as the
+median. With biases of keys (Qwen2) it is up to a hundred times."""
 
 
 class Int8Codec:
     """Rounds the keys, or the values, of one layer to 8 bits."""
 
     def __init__(self, *, levels: bool = False) -> None:
-        """`levels`: large channels are divided by a power of two first, which is learnt from the
-        first states that are seen."""
+        """`levels`: divide large channels by powers of two first, which are learnt from the first
+        states that are encoded."""
         self._levels = levels
         self._known = not levels
         #: Powers of two [heads, head_dim]; None if no channel stands out.
@@ -44,7 +44,7 @@ class Int8Codec:
 
     @staticmethod
     def size(head_dim: int) -> int:
-        """Bytes of one head's codes and scale."""
+        """Bytes of the codes and the scale of one head."""
         return _padded(head_dim) + SCALE_BYTES
 
     def encode(self, states: torch.Tensor) -> torch.Tensor:
@@ -64,26 +64,26 @@ class Int8Codec:
         return packed
 
     def decode(self, packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """What `encode` has stored, into `out` [..., heads, head_dim]."""
+        """Decode what `encode` returned into `out` [..., heads, head_dim], and return it."""
         dim = out.shape[-1]
         codes, scales = packed[..., :dim], packed[..., _padded(dim) :].view(torch.float32)
         if out.device.type != "cpu":
             torch.mul(codes, scales, out=out)
         elif out.dtype is torch.float32:
-            # Two operators that a CPU runs with vectors are faster than one of mixed types.
+            # Two vectorised operators are faster on a CPU than one with mixed types.
             out.copy_(codes).mul_(scales)
         else:
             _scale_on_cpu(codes, scales, out)
         return out if self.factors is None else out.mul_(self.factors)
 
     def rounded(self, states: torch.Tensor) -> torch.Tensor:
-        """States as they are read from the cache."""
+        """States as they would be read back from the cache."""
         return self.decode(self.encode(states), torch.empty_like(states))
 
 
 def _scale_on_cpu(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """Codes times scales in half precision: by way of float32, in pieces that stay in the
-    processor's cache. That takes half of the time of one product of mixed types."""
+    """Multiply codes by scales into half precision, by way of float32 and in pieces that stay in
+    the processor's cache. That takes half the time of a single operator with mixed types."""
     along = 0 if len(out) > 1 else 1
     size = max(PIECE * out.shape[along] // max(out.numel(), 1), 1)
     pieces = (torch.split(states, size, along) for states in (codes, scales, out))
@@ -96,9 +96,10 @@ def _padded(head_dim: int) -> int:
 
 
 def _factors(states: torch.Tensor) -> torch.Tensor | None:
-    """Powers of two by which the channels of states [..., heads, head_dim] exceed the usual one of
-    their head; None if none does by much. Rotary embedding turns a channel into another as
-    positions grow: the one half a head away or the next one, by the model's convention."""
+    """Powers of two [heads, head_dim] by which channels of states [..., heads, head_dim] exceed the
+    median of their head; None if none does by much. Rotary embeddings rotate a channel into another
+    one as positions grow, the one half a head away or its neighbour, depending on the model: both
+    get the same factor."""
     largest = states.float().abs().flatten(0, -3).amax(0)
     if largest.shape[-1] % 2:
         return None
@@ -107,12 +108,12 @@ def _factors(states: torch.Tensor) -> torch.Tensor | None:
     largest = torch.maximum(largest, torch.maximum(halves, pairs))
     usual = largest.median(-1, keepdim=True).values.clamp_min(SMALLEST_SCALE)
     factors = torch.exp2(torch.log2(largest / usual).floor().clamp_min(0))
-    # Keys that are not finite teach nothing.
+    # Nothing can be learnt from keys that are not finite.
     return factors if bool((factors >= OUTLIER).any() & torch.isfinite(factors).all()) else None
 
 
 class KvInt8:
-    """The codecs of a model's layers, and room to read one layer."""
+    """The codecs of a model's layers, and memory into which one layer is decoded."""
 
     def __init__(self, layers: int) -> None:
         self.keys = [Int8Codec(levels=True) for _ in range(layers)]
@@ -120,14 +121,14 @@ class KvInt8:
         self._room: list[torch.Tensor] = [torch.zeros(0), torch.zeros(0)]
 
     def cache(self, config: Any) -> RoundedCache:
-        """A cache for the model's own `generate()`."""
+        """A cache for the model's own `generate()` that rounds with these codecs."""
         return RoundedCache(self, config)
 
     def room(
         self, which: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Memory for the keys (0) or values (1) of the layer that is computed now. On a CPU it is
-        that of the layer before, since memory that is used for the first time is slow."""
+        """Memory for the keys (0) or values (1) of the current layer, of this shape. On a CPU, all
+        layers use the same, since memory is slow when it is used for the first time."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         count = torch.Size(shape).numel()
@@ -137,16 +138,16 @@ class KvInt8:
         return self._room[which][:count].view(shape)
 
     def release(self) -> None:
-        """Give the room back while nothing runs."""
+        """Give this memory back while nothing runs."""
         self._room = [torch.zeros(0), torch.zeros(0)]
 
 
 class RoundedCache(DynamicCache):  # type: ignore[misc]
     """A cache for the model's own `generate()` that rounds as `KvInt8` does."""
 
-    def __init__(self, numbers: KvInt8, config: Any) -> None:
+    def __init__(self, codecs: KvInt8, config: Any) -> None:
         super().__init__(config=config)
-        self._numbers = numbers
+        self._codecs = codecs
 
     def update(
         self,
@@ -156,9 +157,9 @@ class RoundedCache(DynamicCache):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As transformers' caches: states [batch, heads, tokens, head_dim]."""
-        keys = self._numbers.keys[layer_idx].rounded(key_states.transpose(1, 2))
-        values = self._numbers.values[layer_idx].rounded(value_states.transpose(1, 2))
+        """Like transformers' caches: states [batch, heads, tokens, head_dim]."""
+        keys = self._codecs.keys[layer_idx].rounded(key_states.transpose(1, 2))
+        values = self._codecs.values[layer_idx].rounded(value_states.transpose(1, 2))
         updated: tuple[torch.Tensor, torch.Tensor] = super().update(
             keys.transpose(1, 2), values.transpose(1, 2), layer_idx, *args, **kwargs
         )

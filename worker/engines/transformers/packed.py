@@ -1,9 +1,10 @@
 """Weights of linear layers in oneDNN's own order, on a CPU.
 
-oneDNN multiplies by a matrix that lies in blocks, as its kernels read it, more than twice as fast
-as torch's `linear` by one in rows on some processors (float32 on an AMD EPYC 9005: 2.2 times), so
-a layer's weight is put in that order once, when it is loaded; there is no second copy. Must never
-change what a layer computes beyond rounding: each packed layer is compared with the plain one.
+On some processors, oneDNN multiplies by a matrix stored in the blocks that its kernels read more
+than twice as fast as torch's `linear` does by one stored in rows (float32 on an AMD EPYC 9005: 2.2
+times). So a layer's weight is put into that order once, when the model is loaded; there is no
+second copy. Must never change what a layer computes beyond rounding: each packed layer is compared
+with the plain one.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest relative difference of a product from torch's, by the dtypes that are packed. Observed:
-4e-7 and 3e-3."""
+"""Largest relative difference of a product from torch's, for each dtype that can be packed.
+Observed: 4e-7 and 3e-3."""
 
 SMALLEST = 1 << 14
-"""The product that is timed has at least so many weights."""
+"""Only a layer of at least this many weights is timed."""
 
 PROBED_ROWS = 4
 TIMED_ROWS = 8
 TIMED_RUNS = 15
 WORTH = 1.05
-"""Weights are packed if a product then takes at most this share of torch's CPU time. Where the two
-are equal there is little to lose, but half of the speed where a measurement was disturbed."""
+"""Weights are packed if a product then takes at most this share of torch's CPU time. It is above 1
+because little is lost where the two are equal, but half of the speed where packing is faster and a
+disturbed measurement hid it."""
 
 
 def is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
@@ -75,23 +77,24 @@ class PackedLinear(nn.Module):
         self.dtype = weight.dtype
         self.packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self.bias = None if bias is None else bias.detach()
-        #: How often code of the model has read the weight instead of calling the layer.
+        #: How often the model's own code has read the weight instead of calling the layer.
         self.reads = 0
 
     @property
     def weight(self) -> torch.Tensor:
-        """The plain weight [outputs, inputs], made anew each time."""
+        """The plain weight [outputs, inputs], unpacked anew on each access."""
         self.reads += 1
         return self.packed.to_dense()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.dtype is not self.dtype:
-            # As torch's own layer: an error, unless autocast is on.
+            # Like torch's own layer: an error unless autocast is on.
             return nn.functional.linear(inputs, self.weight, self.bias)
         return self.product(inputs, "none")
 
     def product(self, inputs: torch.Tensor, activation: str) -> torch.Tensor:
-        """The layer's output for `inputs` [..., inputs], after an activation as oneDNN names it."""
+        """The layer's output for `inputs` [..., inputs], after an activation that oneDNN fuses
+        ("none", "swish")."""
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
             inputs, self.packed, self.bias, activation, [], ""
         )
@@ -109,16 +112,16 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether weights of this dtype can be packed here: torch was built with oneDNN (on macOS it is
-    not), and for bfloat16 the processor has AVX-512 or the like."""
+    """Whether weights of this dtype can be packed here: torch must be built with oneDNN (on macOS
+    it is not), and bfloat16 needs a processor with AVX-512 or an equivalent."""
     if dtype not in ERRORS or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def packs_faster(model: nn.Module) -> bool:
-    """Whether this processor multiplies faster by packed weights: measured with the largest shape
-    that several of the model's layers have."""
+    """Whether this processor multiplies faster by packed weights, measured on the largest layer
+    whose shape the model has several times."""
     plain = [m for m in model.modules() if _is_packable(m) and m.weight.numel() >= SMALLEST]
     shapes = Counter(m.weight.shape for m in plain)
     several = [m for m in plain if shapes[m.weight.shape] > 1] or plain
@@ -130,8 +133,8 @@ def packs_faster(model: nn.Module) -> bool:
 
 
 def pack_weights(model: nn.Module) -> int:
-    """Pack the weights of all plain linear layers of a model. Returns how many. A weight that is
-    tied to an embedding is held twice."""
+    """Pack the weights of all plain linear layers of a model. Returns how many were packed. A
+    weight that is tied to an embedding is then in memory twice."""
     done: dict[nn.Module, PackedLinear] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -146,8 +149,8 @@ def pack_weights(model: nn.Module) -> int:
 
 
 def restore_read(model: nn.Module) -> int:
-    """Make those layers plain again whose weight the model's own code reads: each time that made a
-    copy. Returns how many."""
+    """Make packed layers plain again whose weight the model's own code has read, since each read
+    unpacks a copy. Returns how many were restored."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -162,7 +165,7 @@ def restore_read(model: nn.Module) -> int:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of all packed weights, which are no parameters."""
+    """Bytes of all packed weights, which do not count as parameters."""
     seen = {m.packed for m in model.modules() if isinstance(m, PackedLinear)}
     return sum(packed.numel() * packed.element_size() for packed in seen)
 
@@ -174,7 +177,7 @@ def _agrees(packed: PackedLinear, linear: nn.Linear) -> bool:
     error = (packed(inputs) - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12)
     if float(error) <= ERRORS[linear.weight.dtype]:
         return True
-    log.warning("a packed product differs from torch's by %.2g: not packed", error)
+    log.warning("a linear layer is not packed: its output differs from torch's by %.2g", error)
     return False
 
 
@@ -183,7 +186,7 @@ def _is_quicker(linear: nn.Linear) -> bool:
     inputs = _inputs(linear, TIMED_ROWS)
     packed = PackedLinear(linear.weight, linear.bias)
     plain_s = packed_s = math.inf
-    # In turn, and often: other programs take turns on these cores, and empty their caches.
+    # Alternately and often, since other programs disturb measurements and evict caches.
     for _ in range(TIMED_RUNS):
         plain_s = min(plain_s, _cpu_s(lambda: linear(inputs)))
         packed_s = min(packed_s, _cpu_s(lambda: packed(inputs)))

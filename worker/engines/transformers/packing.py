@@ -1,7 +1,8 @@
-"""How tokens of many rows lie one after the other in one forward.
+"""Packing: how the tokens of many rows are laid one after the other in one forward.
 
-Tokens of a row that follow each other, and those of rows that begin alike, attend together: what
-they see is read once for many of them. Knows sequences and their keys; must never touch a model.
+Attention of consecutive tokens of a row, and of rows with a common beginning, is computed together:
+the keys and values that they share are read once for many tokens. Knows sequences and their prefix
+keys; must never touch a model.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from worker.engines.transformers.prefix import common_length
 __all__ = ["CommonPrefixes", "Packing", "Piece", "common_prefixes"]
 
 LONG_RUN = 48
-"""Tokens of a row that follow each other attend together if they are so many, else one by one."""
+"""Attention of a row's consecutive tokens is computed together if there are at least this many,
+else one by one."""
 
 COMMON_TOKENS = 64
-"""Rows attend together to what they have in common, if it is so much."""
+"""Rows attend together to a common beginning of at least this many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens of a sequence, which stands in row `row`, from position `start` on."""
+    """Tokens of a sequence, which has row `row` of the cache, from position `start` on."""
 
     sequence: Sequence
     row: int
@@ -40,12 +42,13 @@ class Packing:
 
     ids: list[int]
     packed: Packed
-    #: Where each piece begins, in the order in which they were given.
+    #: Index in `ids` at which each piece begins, in the order in which the pieces were given.
     begins: list[int]
 
     @classmethod
     def of(cls, pieces: Items[Piece], groups: Items[tuple[list[int], int]]) -> Packing:
-        """`groups`: see `common_prefixes`."""
+        """Lay out pieces, those of a group next to each other. `groups`: see `common_prefixes`,
+        with indices into `pieces`."""
         grouped = {place for members, _ in groups for place in members}
         order = [place for place in range(len(pieces)) if place not in grouped]
         order.sort(key=lambda place: len(pieces[place].ids) >= LONG_RUN)
@@ -76,14 +79,14 @@ class Packing:
 
 
 class CommonPrefixes:
-    """Which rows begin alike. Of decodes it is found out once for as long as they are the same."""
+    """Which decoding rows have a common beginning; looked up again only when the rows change."""
 
     def __init__(self) -> None:
         self._sequences: list[Sequence] = []
         self._groups: list[tuple[list[int], int]] = []
 
     def decoded(self, sequences: list[Sequence]) -> list[tuple[list[int], int]]:
-        """As `of`, of rows whose prompts are computed."""
+        """The groups of `common_prefixes` for sequences whose prompts are all computed."""
         if sequences != self._sequences:
             lengths = [len(sequence.prompt.ids) for sequence in sequences]
             self._sequences, self._groups = list(sequences), common_prefixes(sequences, lengths)
@@ -93,8 +96,8 @@ class CommonPrefixes:
 def common_prefixes(
     sequences: Items[Sequence], computed: Items[int]
 ) -> list[tuple[list[int], int]]:
-    """Groups of places of sequences that begin with the same tokens, and how many those are; each
-    has computed so many of its own."""
+    """Groups of sequences that begin with the same tokens: the indices of its members, and the
+    length of their common beginning. `computed`: how many tokens of each are in the cache."""
     alike: dict[tuple[str | None, bytes], list[int]] = {}
     for place, (sequence, count) in enumerate(zip(sequences, computed, strict=True)):
         if min(count, len(sequence.prompt.key), sequence.stem_tokens) >= COMMON_TOKENS:

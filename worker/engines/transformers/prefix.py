@@ -1,10 +1,11 @@
 """Prefix cache: keys and values of finished rows, found by their tokens.
 
-An entry is identified by its token ids, with every image placeholder replaced by a digest of the
-image, so equal ids mean equal keys and values. Entries are sorted by their ids: what has most in
-common with a prompt is its neighbour, and no other is looked at. Least recently used entries are
-evicted when the budget is full. Must never return a prefix that ends before the last image of the
-request: the images after it would have to be passed to the model without those before.
+An entry's key is its token ids, in which every image placeholder is replaced by a digest of the
+image, so equal keys mean equal keys and values in the model. Entries are sorted by key, so the one
+that has most in common with a prompt is a neighbour of the prompt's place, and no other is looked
+at. Least recently used entries are evicted when the budget is full. Must never return a prefix that
+ends before the last image of the request: the images after it would have to be passed to the model
+without those before it.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ class PrefixCache:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        #: Number of tokens held, and of tokens that requests took from here or from running rows.
+        #: Tokens held, and tokens that requests have taken from here or from running rows.
         self.tokens = 0
         self.hit_tokens = 0
-        #: All entries, the least recently used first; and sorted, by adapter. None is the beginning
-        #: of another.
+        #: All entries, the least recently used first, and again by adapter, sorted by key. No entry
+        #: is a prefix of another.
         self._entries: OrderedDict[PrefixEntry, None] = OrderedDict()
         self._sorted: dict[str | None, list[PrefixEntry]] = {}
 
     def longest(self, sequence: Sequence, limit: int) -> tuple[PrefixEntry | None, int]:
-        """The entry with the longest common prefix with the sequence, and its length,
-        at most `limit`."""
+        """The entry that shares the longest prefix with the sequence, and the prefix's length, at
+        most `limit`; (None, 0) if none is long enough to be used."""
         best: PrefixEntry | None = None
         length = 0
         key = sequence_key(sequence)
@@ -66,7 +67,8 @@ class PrefixCache:
         return best, length
 
     def shared(self, other: Sequence, sequence: Sequence, limit: int) -> int:
-        """Length of the common prefix of two sequences that `sequence` may copy."""
+        """How many tokens at the beginning of `other` may be copied for `sequence`, at most
+        `limit`."""
         if other.adapter != sequence.adapter:
             return 0
         common = common_length(sequence_key(other), sequence_key(sequence))
@@ -86,7 +88,7 @@ class PrefixCache:
         order = key.tobytes()
         entries, place = self._place(sequence.adapter, order)
         if place < len(entries) and entries[place].order.startswith(order):
-            # Already contained completely: only mark it as used.
+            # It is a prefix of an entry: only mark that one as used.
             self._entries.move_to_end(entries[place])
             return
         if place and order.startswith(entries[place - 1].order):
@@ -107,7 +109,7 @@ class PrefixCache:
         return True
 
     def forget(self, adapter: str) -> None:
-        """Drop what was computed with an adapter."""
+        """Drop everything that was computed with an adapter."""
         for entry in list(self._sorted.get(adapter, ())):
             self._remove(entry)
 
@@ -117,7 +119,7 @@ class PrefixCache:
         self.tokens = 0
 
     def _place(self, adapter: str | None, order: bytes) -> tuple[list[PrefixEntry], int]:
-        """The entries of an adapter, sorted, and where among them a key belongs."""
+        """The sorted entries of an adapter, and the index at which a key belongs."""
         entries = self._sorted.setdefault(adapter, [])
         return entries, bisect_left(entries, order, key=lambda entry: entry.order)
 
@@ -128,14 +130,14 @@ class PrefixCache:
 
 
 def sequence_key(sequence: Sequence) -> NDArray[np.int64]:
-    """Key of prompt and answer."""
+    """The key of a sequence's prompt and answer: int64 [tokens]."""
     if not sequence.answer:
         return sequence.prompt.key
     return np.concatenate([sequence.prompt.key, np.asarray(sequence.answer, dtype=np.int64)])
 
 
 def common_length(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    """How many tokens two keys have in common at their beginning."""
+    """Length of the common beginning of two keys, in tokens."""
     count = min(len(one), len(other))
     different = np.flatnonzero(one[:count] != other[:count])
     return int(different[0]) if len(different) else count

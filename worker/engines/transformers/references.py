@@ -1,4 +1,4 @@
-"""What a model's own `generate()` computes of two short prompts: the reference of the self test.
+"""What a model's own `generate()` computes for two short prompts: the reference of the self test.
 
 Must never use slots.
 """
@@ -24,7 +24,7 @@ STEPS = 4
 """Answer tokens compared for each prompt."""
 
 MakeCache = Callable[..., Any]
-"""Makes a cache of transformers of a `config`."""
+"""Makes one of transformers' caches from its argument `config`."""
 
 
 class Reference(NamedTuple):
@@ -39,8 +39,8 @@ class Reference(NamedTuple):
 def references(
     loaded: LoadedModel, image_prompt: Prompt | None, make_cache: MakeCache | None = None
 ) -> tuple[Reference, Reference]:
-    """A long prompt (with an image if given) and a short one, run by `generate()`; with a cache of
-    its own or one that `make_cache` makes of the text model's configuration.
+    """A long prompt (with an image if one is given) and a short one, run by `generate()`, with its
+    own cache or one that `make_cache` makes from the text model's configuration.
 
     Raises `EngineLoadError` if that fails, `Unsupported` if it needs an image.
     """
@@ -62,17 +62,17 @@ def _generated(loaded: LoadedModel, prompt: Prompt, make_cache: MakeCache | None
             raise memory_short(error) from error
         if make_cache is not None:
             raise EngineLoadError(
-                "kv_cache_dtype=int8: the model's own generate() fails with a cache it is given: "
+                "kv_cache_dtype=int8: the model's own generate() fails if a cache is passed in: "
                 f"{type(error).__name__}: {one_line(error, 300)}; omit --engine-arg kv_cache_dtype"
             ) from error
         raise EngineLoadError(
-            f"the model's own generate() fails, so that no request could be answered: "
+            f"the model's own generate() fails, so no request could be answered: "
             f"{type(error).__name__}: {one_line(error, 300)}"
         ) from error
 
 
 def memory_short(error: BaseException) -> EngineLoadError:
-    """The error if two short prompts do not fit."""
+    """The error if there is too little memory for two short prompts."""
     return EngineLoadError(
         f"too little memory for two short prompts beside the weights: {one_line(error, 300)}; "
         "--load-8bit and --load-4bit need less"
@@ -80,7 +80,7 @@ def memory_short(error: BaseException) -> EngineLoadError:
 
 
 def text_prompt(loaded: LoadedModel, length: int) -> Prompt:
-    """Ordinary tokens spread over the vocabulary."""
+    """A prompt of `length` ordinary tokens, spread over the vocabulary."""
     import numpy as np
 
     special = set(getattr(loaded.tokenizer, "all_special_ids", None) or [])
@@ -108,7 +108,7 @@ def _reference(loaded: LoadedModel, prompt: Prompt, make_cache: MakeCache | None
         return_dict_in_generate=True,
         output_logits=True,
         suppress_tokens=sorted(loaded.placeholder_ids) or None,
-        # With a cache, but without its use, generate() fills it with the whole text at every step.
+        # Given a cache with use_cache off, generate() would add the whole text to it at every step.
         **({} if make_cache is None else {"cache_implementation": None, "use_cache": True}),
     )
     output = model.generate(
@@ -119,7 +119,8 @@ def _reference(loaded: LoadedModel, prompt: Prompt, make_cache: MakeCache | None
 
 
 def _read_reference(loaded: LoadedModel, prompt: Prompt, make_cache: MakeCache | None) -> Reference:
-    """What a decision model, which generates nothing, computes of a prompt and further tokens."""
+    """The same for a decision model, which generates nothing: its outputs after a prompt and after
+    each of some ordinary tokens that follow."""
     ordinary = text_prompt(loaded, STEPS + len(prompt.ids)).ids
     tokens = ordinary[-STEPS:]
     rows = []
@@ -135,7 +136,7 @@ def _read_reference(loaded: LoadedModel, prompt: Prompt, make_cache: MakeCache |
 
 
 def _cache(model: Any, make: MakeCache | None) -> dict[str, Any]:
-    """The argument that gives a forward a new cache."""
+    """The keyword argument that passes a new cache to a forward; empty without `make`."""
     word = cache_argument(forward_parameters(model))
     if make is None or word is None:
         return {}

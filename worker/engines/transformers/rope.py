@@ -1,9 +1,9 @@
 """Rotary embeddings whose frequencies depend on how long a sequence is (dynamic NTK, longrope).
 
-They use one set of frequencies for a whole forward, determined by the largest position in it, and
-some keep it for the next forward. So rows of one batch, pieces of one prompt and earlier requests
-would change each other's answers. Up to some length nothing changes, and this module measures that
-length. It only calls rotary embeddings; must never run the model.
+They use one set of frequencies for a whole forward, determined by its largest position, and some
+keep it for the next forward. So rows of one batch, pieces of one prompt and earlier requests would
+change each other's answers. Up to some length the frequencies stay the same, and this module
+measures that length. It only calls rotary embeddings; must never run the model.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import nn
 __all__ = ["LengthRope", "RopeState", "find_length_rope"]
 
 PROBED = 2
-"""Number of positions whose angles are compared: those of the second are the
-frequencies themselves."""
+"""Number of positions whose angles are compared: those of position 1 are the frequencies
+themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class _ModuleState:
-    """Attributes of one rotary embedding; buffers with a copy of their values, since some types
-    write into them and others replace them."""
+    """Attributes of one rotary embedding; each buffer with a copy of its values, since some types
+    write to buffers and others replace them."""
 
     module: nn.Module
     attributes: dict[str, Any]
@@ -44,7 +44,7 @@ class LengthRope:
     def __init__(self, modules: list[nn.Module]) -> None:
         self._modules = modules
         self._fresh = self.state()
-        #: Forwards whose positions are all below this have the same angles, whatever their length.
+        #: Forwards whose positions are all below this use the same angles, whatever their length.
         self.unchanged_tokens = 0
 
     def state(self) -> RopeState:
@@ -64,8 +64,8 @@ class LengthRope:
 
     @contextmanager
     def used(self, state: RopeState | None = None) -> Iterator[None]:
-        """Context in which a forward of any length may run, starting from `state`, or as if the
-        model had just been loaded."""
+        """Context in which a forward of any length may run, starting from `state` or, if that is
+        None, as if the model had just been loaded."""
         self._put(self._fresh if state is None else state)
         try:
             yield
@@ -85,7 +85,7 @@ class LengthRope:
                 del buffers[name]
             for name, (buffer, values) in held.buffers.items():
                 buffer.copy_(values)
-                # Keep the same tensor: a captured decode reads it by address.
+                # The same tensor as before: a captured decode reads it by address.
                 buffers[name] = buffer
 
 
@@ -115,8 +115,8 @@ def find_length_rope(model: Any, tokens: int) -> LengthRope | None:
 def _unchanged_tokens(
     module: nn.Module, layer_type: str | None, tokens: int, probe: LengthRope
 ) -> int:
-    """The longest sequence, up to `tokens`, whose first positions have the same angles as in
-    a short one."""
+    """Length of the longest sequence, up to `tokens`, whose first positions have the same angles as
+    in a short one."""
     short = _angles(module, layer_type, PROBED, probe)
     if short is None:
         return tokens

@@ -1,5 +1,4 @@
-"""Load-time self test: checks that the slot cache is correct for a model. It also
-serves as warm-up.
+"""Load-time self test: checks that the slot cache is correct for a model, and warms it up.
 
 Plain `generate()` gives the logits of two prompts of different lengths; the slot path gets the same
 tokens, in pieces, with rows that join and move, and must compute the same logits. If it does not, a
@@ -54,7 +53,7 @@ __all__ = ["Verdict", "check", "check_generate", "relative_error", "tolerance"]
 log = logging.getLogger(__name__)
 
 APART_TOKENS = 24
-"""Between a stem and the branches that are compared."""
+"""Tokens between a stem and the branches that are compared."""
 
 TOLERANCES = {torch.float32: 2e-3, torch.float64: 2e-3}
 """Largest relative error of the logits. A wrong mask or position gives about 1."""
@@ -64,18 +63,18 @@ HALF_TOLERANCE = 0.2
 EXPERTS_TOLERANCE = 0.35
 """In half precision, a different batch size may route a token to another expert."""
 INT8_TOLERANCE = 0.02
-"""With keys and values of 8 bits: a number between two codes may be rounded to the other one. Up to
-0.002 was observed."""
+"""With keys and values in 8 bits: a number halfway between two codes may be rounded either way. Up
+to 0.002 was observed."""
 INT8_LOSS = 0.1
-"""Largest relative change of the logits by keys and values of 8 bits, the median of some tokens.
-Observed: 0.007 to 0.04; with keys that 8 bits cannot hold 0.5."""
+"""Largest relative change of the logits by keys and values in 8 bits, as the median of some tokens.
+Observed: 0.007 to 0.04, and 0.5 with keys that 8 bits cannot represent."""
 LOOKING_AHEAD = 0.05
 """Relative change of a prompt's keys when later tokens change. Observed with a causal mask: 0, with
 LLM.int8 up to 0.01; without one: 0.7."""
 
 PROGRAMMING_ERRORS = (AssertionError, AttributeError, KeyError, NameError, TypeError)
-"""If raised by a line of our code they are our bugs; what torch raises there (RuntimeError,
-IndexError, ValueError) is about shapes of a model that a slot cannot hold."""
+"""Raised by a line of our own code, these are our bugs. What torch raises (RuntimeError,
+IndexError, ValueError) may be about a model whose shapes a slot cannot hold."""
 
 
 class Verdict:
@@ -108,22 +107,22 @@ def check(
     kv_int8: bool = False,
 ) -> Verdict:
     """Compare the slot path with `generate()` on `loaded`, with an image if one is given. With
-    `kv_int8`, slots hold keys and values in 8 bits, and `generate()` rounds them alike.
+    `kv_int8`, slots hold keys and values in 8 bits, and `generate()` rounds them in the same way.
 
     Raises `EngineLoadError` if `generate()` itself fails, memory is short, transformers is
     incompatible with this engine, or our own code has a bug.
     """
     try:
         long, short = references(loaded, image_prompt)
-        numbers = None
+        codecs = None
         if kv_int8:
-            numbers = KvInt8(len(Forward(loaded).cache.slot_layers))
+            codecs = KvInt8(len(Forward(loaded).cache.slot_layers))
             given = references(loaded, image_prompt, DynamicCache)
-            exact, long, short = (long, short), *references(loaded, image_prompt, numbers.cache)
+            exact, long, short = (long, short), *references(loaded, image_prompt, codecs.cache)
             _accept_rounding(loaded, exact, given, (long, short))
     except Unsupported as error:
         return Verdict(None, str(error), compared=False)
-    verdict = _verdict(loaded, long, short, static, numbers)
+    verdict = _verdict(loaded, long, short, static, codecs)
     if verdict.forward is not None:
         return verdict
     disagreement = _reference_model_fails(str(loaded.device))
@@ -157,21 +156,21 @@ def _accept_rounding(
     given: Items[Reference],
     rounded: Items[Reference],
 ) -> None:
-    """Raise `EngineLoadError` if keys and values of 8 bits change the logits too much; else put the
-    change into the model's details. `given`: with a plain cache, as `rounded` has one that
-    rounds."""
+    """Raise `EngineLoadError` if keys and values in 8 bits change the logits too much; else put the
+    change into the model's details. `exact`: computed with the model's own cache, `given` with an
+    ordinary one that was passed in, `rounded` with one that rounds."""
     change = _change(loaded, exact, given)
     if not change <= tolerance(loaded.model, quantised=loaded.quantised):
         raise EngineLoadError(
-            "kv_cache_dtype=int8: the installed transformers computes this model differently with "
-            f"a cache that it is given (by {change:.2g}), so that there is nothing to compare keys "
-            "and values of 8 bits with: omit --engine-arg kv_cache_dtype"
+            "kv_cache_dtype=int8 cannot be checked: the installed transformers computes this model "
+            f"differently when a cache is passed in (logits differ by {change:.2g}); omit "
+            "--engine-arg kv_cache_dtype"
         )
     change = _change(loaded, exact, rounded)
     if not change <= INT8_LOSS:
         raise EngineLoadError(
-            f"kv_cache_dtype=int8: keys and values of 8 bits change this model's logits by "
-            f"{change:.2g} of their spread, and more than {INT8_LOSS:g} changes answers: omit "
+            f"kv_cache_dtype=int8: keys and values in 8 bits change this model's logits by "
+            f"{change:.2g} of their spread, and at most {INT8_LOSS:g} is accepted; omit "
             "--engine-arg kv_cache_dtype"
         )
     loaded.details |= {
@@ -182,8 +181,8 @@ def _accept_rounding(
 
 
 def _change(loaded: LoadedModel, exact: Items[Reference], other: Items[Reference]) -> float:
-    """How far the logits are from `exact`: the median of all tokens for as long as answers are the
-    same, since one token may be routed to another expert."""
+    """Relative error of the logits against `exact`, over all tokens up to the first at which the
+    answers differ: their median, since a single token may be routed to another expert."""
     errors: list[float] = []
     for wanted, got in zip(exact, other, strict=True):
         for place in range(STEPS):
@@ -198,12 +197,12 @@ def _verdict(
     long: Reference,
     short: Reference,
     static: StaticUse,
-    numbers: KvInt8 | None = None,
+    codecs: KvInt8 | None = None,
 ) -> Verdict:
-    verdict = _pieces_or_whole(loaded, long, short, static, numbers)
+    verdict = _pieces_or_whole(loaded, long, short, static, codecs)
     if verdict.forward is None and verdict.compared and static is not StaticUse.NEVER:
         log.warning("steps of fixed shape are not used: %s", verdict.reason)
-        verdict = _pieces_or_whole(loaded, long, short, StaticUse.NEVER, numbers)
+        verdict = _pieces_or_whole(loaded, long, short, StaticUse.NEVER, codecs)
     return verdict
 
 
@@ -212,11 +211,11 @@ def _pieces_or_whole(
     long: Reference,
     short: Reference,
     static: StaticUse,
-    numbers: KvInt8 | None,
+    codecs: KvInt8 | None,
 ) -> Verdict:
-    verdict = _try(loaded, long, short, static, numbers, whole=False)
+    verdict = _try(loaded, long, short, static, codecs, whole=False)
     if verdict.forward is None and verdict.compared:
-        whole = _try(loaded, long, short, static, numbers, whole=True)
+        whole = _try(loaded, long, short, static, codecs, whole=True)
         if whole.forward is not None:
             return whole
         if whole.reason != verdict.reason:
@@ -229,12 +228,12 @@ def _try(
     long: Reference,
     short: Reference,
     static: StaticUse,
-    numbers: KvInt8 | None,
+    codecs: KvInt8 | None,
     *,
     whole: bool,
 ) -> Verdict:
     try:
-        forward = Forward(loaded, static=static, numbers=numbers)
+        forward = Forward(loaded, static=static, codecs=codecs)
     except Unsupported as error:
         return Verdict(None, str(error), compared=False)
     try:
@@ -308,7 +307,7 @@ def _compare(
     if not forward.cache.reserve(2, tokens, 0, 0):
         raise memory_short(MemoryError(f"no room for {tokens} tokens of cache"))
     allowed = tolerance(loaded.model, quantised=loaded.quantised)
-    if forward.cache.numbers is not None:
+    if forward.cache.codecs is not None:
         allowed = max(allowed, INT8_TOLERANCE)
 
     def expect(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
@@ -320,7 +319,7 @@ def _compare(
         sequence.answer.append(token_id)
 
     if not whole and _looks_ahead(loaded, forward, long):
-        raise Unsupported("the tokens of a prompt see later ones")
+        raise Unsupported("the tokens of a prompt attend to later ones")
     if not whole and long.media:
         forward.vision = _vision(loaded, forward, long_reference, allowed)
     # The long prompt in pieces, one token alone.
@@ -363,8 +362,8 @@ def _compare(
 def _vision(
     loaded: LoadedModel, forward: Forward, reference: Reference, allowed: float
 ) -> Vision | None:
-    """The vision tower, if images computed by it alone, with their tokens in pieces cut anywhere,
-    give the same logits."""
+    """The vision tower, if the logits are the same when images are computed by it beforehand and
+    their tokens are then prefilled in pieces of any size; else None."""
     prompt = reference.prompt
     vision = Vision.find(loaded)
     images = None if vision is None else vision.begin(prompt)
@@ -387,7 +386,7 @@ def _vision(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        log.info("images are computed with their tokens: %s", one_line(error))
+        log.info("images are computed together with their tokens: %s", one_line(error))
         return None
     finally:
         forward.vision = None
@@ -396,7 +395,7 @@ def _vision(
 
 
 def _splits(vision: Vision, prompt: Prompt) -> bool:
-    """Whether two images computed one by one are what they are together."""
+    """Whether two images give the same features one by one as together."""
     twice = doubled(prompt.media)
     if twice is None:
         return False
@@ -449,8 +448,8 @@ def _many_agree(
     tokens: list[int],
     allowed: float,
 ) -> bool:
-    """Whether several prompts in one forward give the same logits; here, one prompt with different
-    parts of its answer."""
+    """Whether several prompts in one forward give the same logits. They are one prompt, followed by
+    different parts of its answer."""
     rows = [_probe(prompt) for _ in range(3)]
     for count, row in enumerate(rows):
         row.answer += tokens[:count]
@@ -467,7 +466,7 @@ def _many_agree(
             row.answer.append(tokens[len(row.answer)])
         following = forward.decode(rows[:2])
     except (RuntimeError, ValueError, TypeError, IndexError):
-        # Models that make their own masks from two dimensions reject it.
+        # Models that make their own mask from a two-dimensional one reject ours.
         return False
     pairs = [(logits[i], wanted[i]) for i in range(3)] + [
         (following[i], wanted[i + 1]) for i in range(2)
@@ -485,9 +484,9 @@ def _branches_agree(
     tokens: list[int],
     allowed: float,
 ) -> bool:
-    """Whether branches of a prompt give the logits of a text of its own each; here, different parts
-    of its answer, behind a branch of other tokens so long that a position taken from the place in
-    the cache shows."""
+    """Whether each branch of a prompt gives the logits that it would give as a text of its own.
+    The branches are different parts of the prompt's answer. A long branch of other tokens precedes
+    them, so that it shows if a position is taken from the place in the cache."""
     other = text_prompt(loaded, APART_TOKENS).ids
     branches = [other, *(tokens[: count + 1] for count in range(STEPS - 1))]
     ids = prompt.ids + [token for branch in branches for token in branch]
@@ -518,8 +517,8 @@ def _branches_agree(
 def _drafts_agree(
     loaded: LoadedModel, forward: Forward, long: Reference, short: Reference, allowed: float
 ) -> bool:
-    """Whether steps that compute several tokens of each row give the logits of one token after the
-    other; here also after drafts that were wrong, in part and from the start."""
+    """Whether steps that compute several tokens of each row give the same logits as single tokens,
+    also after drafts that were wrong in part or altogether."""
     rows = [_probe(reference.prompt) for reference in (long, short)]
     (_, wanted, tokens), (_, others, other_tokens) = long, short
     wrong = next(token_id for token_id in long.prompt.ids if token_id != other_tokens[1])
