@@ -140,7 +140,7 @@ def test_a_file_of_weights_that_is_cut_is_refused_in_one_line(tmp_path: Path) ->
     path = save(tmp_path / "m", tiny.llama())
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-500])
-    with pytest.raises(EngineLoadError, match="damaged or cut"):
+    with pytest.raises(EngineLoadError, match="damaged or incomplete"):
         load(path)
 
 

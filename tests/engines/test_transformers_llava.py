@@ -248,9 +248,9 @@ def test_a_lora_folder_is_merged_into_language_model_and_projector(
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        ("config.json", "half of a LLaVA.*config.json"),
-        ("non_lora_trainables.bin", "half of a LLaVA.*projector"),
-        ("adapter_config.json", "half of a LLaVA.*adapter_config.json"),
+        ("config.json", "incomplete LLaVA.*config.json"),
+        ("non_lora_trainables.bin", "incomplete LLaVA.*projector"),
+        ("adapter_config.json", "incomplete LLaVA.*adapter_config.json"),
     ],
 )
 def test_half_of_a_lora_folder_is_refused(
@@ -273,7 +273,7 @@ def test_a_checkpoint_of_a_run_has_the_adapter_alone_and_is_refused(
             shutil.copy(tuned[0] / name, folder)
         if finished:
             shutil.copy(tuned[0] / "non_lora_trainables.bin", folder.parent)
-        with pytest.raises(EngineLoadError, match="half of a LLaVA"):
+        with pytest.raises(EngineLoadError, match="incomplete LLaVA"):
             load(folder, base)
 
 
@@ -285,7 +285,7 @@ def test_an_adapter_alone_over_a_whole_llava_is_refused(
     folder.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tuned[0] / name, folder)
-    with pytest.raises(EngineLoadError, match="half of a LLaVA"):
+    with pytest.raises(EngineLoadError, match="incomplete LLaVA"):
         load(folder, whole)
 
 

@@ -1,6 +1,7 @@
 """An adapter's own tokenizer, chat template and added tokens.
 
-Trainers save them with the adapter, which was trained with them. Must never change the base's.
+Training programs save them with the adapter, which was trained with them. Must never change those
+of the base.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _read(path: str, model: Any, tokenizer: Any, *, trust_remote_code: bool) -> 
             )
         except Exception as error:  # from tokenizers, the template or remote code
             raise EngineLoadError(
-                f"adapter {path} brings a tokenizer that cannot be read: {one_line(error, 300)}"
+                f"adapter {path} comes with a tokenizer that cannot be read: {one_line(error, 300)}"
             ) from error
     if _has(path, _TEMPLATE):
         own = copy.deepcopy(tokenizer)
@@ -109,13 +110,13 @@ def _refuse_without_rows(path: str, model: Any, tokenizer: Any, own: Any) -> Non
     if rowless:
         raise EngineLoadError(
             f"adapter {path} cannot be served: its tokenizer adds {', '.join(rowless[:3])}"
-            f"{', ...' if len(rowless) > 3 else ''}, and its weights hold no embeddings for them. "
+            f"{', ...' if len(rowless) > 3 else ''}, but its weights have no embeddings for them. "
             "Save it with save_embedding_layers=True"
         )
 
 
 def _facts(tokenizer: Any) -> tuple[Any, ...]:
-    """Properties other than the vocabulary on which texts depend."""
+    """Properties other than the vocabulary that affect how texts are tokenised."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     return (
         tokenizer.chat_template,

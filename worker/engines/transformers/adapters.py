@@ -10,8 +10,8 @@ must have a place, and every place a weight. How it is served depends on what it
   computed separately next to them.
 * What neither way can reproduce is refused by name.
 
-In either case the result is compared with peft's own forward with that adapter alone. Must never
-write to a weight that another model uses.
+In the first two cases the result is compared with peft's own forward of that adapter alone. Must
+never write to a weight that another model uses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from worker.engines.transformers.loading.adapter_files import (
     refusal,
     refuse_over_quantised,
 )
-from worker.engines.transformers.loading.llava import refuse_half
+from worker.engines.transformers.loading.llava import refuse_incomplete_llava
 from worker.engines.transformers.probe import (
     PROBE_ANSWER,
     PROBE_ROWS,
@@ -74,7 +74,7 @@ class Attached:
 
     #: peft's wrapper model.
     outer: Any
-    #: Names of base weights that the adapter's file replaces (biases, embeddings).
+    #: Names of the base's weights that the adapter's file replaces (biases, embeddings).
     written: frozenset[str]
 
     @property
@@ -90,9 +90,10 @@ class Examined:
     adapter: Adapter
     attached: Attached
     texts: OwnTexts | None
-    #: Whether rows of one batch can use it and others.
+    #: Whether it can be chosen per row, in one batch with others.
     fits_rows: bool
-    #: The facts of its own texts, if it is chosen per row and has some.
+    #: The model's facts with the adapter's own tokenizer and template, if it is chosen per row and
+    #: has some.
     own_facts: LoadedModel | None
 
 
@@ -176,7 +177,7 @@ def examine(
     """Read the adapter at `path`, and attach it to a copy of `base` (the model of `loaded`, without
     adapters), which shares its weights. Raises `EngineLoadError`."""
     if not loaded.takes_images and (folder := Path(path).expanduser()).is_dir():
-        refuse_half(folder)
+        refuse_incomplete_llava(folder)
     adapter = read_adapter(path, settings)
     if loaded.quantised:
         refuse_over_quantised(base, adapter)
@@ -208,7 +209,7 @@ def examine(
 
 
 def refuse_second_layer(loaded: LoadedModel) -> None:
-    """Refuse a base that is itself an adapter over quantised weights."""
+    """Refuse a base that is itself an adapter over quantised weights. Raises `EngineLoadError`."""
     from_peft = any(type(m).__module__.startswith("peft.") for m in loaded.model.modules())
     if from_peft:
         raise EngineLoadError(
@@ -221,8 +222,8 @@ def refuse_second_layer(loaded: LoadedModel) -> None:
 
 
 def shared_copy(model: Any, *, weights: bool = True) -> Any:
-    """A copy of `model` that shares its weights in memory; with `weights` False it
-    copies them too."""
+    """A copy of `model` that shares its weights in memory; with `weights` False, they are copied
+    too."""
     kept: dict[int, Any] = {}
     if weights:
         for tensor in _held_tensors(model):
@@ -251,8 +252,8 @@ def _held_tensors(model: Any) -> Iterator[torch.Tensor]:
 
 
 def _resize(model: Any, adapter: Adapter) -> int | None:
-    """Give the model as many embedding rows as the adapter's file has; returns how many it had, or
-    None if unchanged."""
+    """Give the model as many embedding rows as the adapter's file has. Returns how many it had, or
+    None if nothing changed."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {id(layer.weight) for layer in layers if hasattr(layer, "weight")}
     rows = int(layers[0].weight.shape[0])
@@ -282,8 +283,8 @@ def _resize(model: Any, adapter: Adapter) -> int | None:
 
 
 def _refuse_empty_rows(model: Any, adapter: Adapter, rows: int | None) -> None:
-    """Refuse an adapter with added tokens, after the base's `rows`, that has only part
-    of their weights."""
+    """Refuse an adapter that adds tokens (after the base's `rows`) but only has a part of their
+    weights."""
     if rows is None or rows >= model.get_input_embeddings().weight.shape[0]:
         return
     inputs = probe_of(model)
@@ -292,7 +293,7 @@ def _refuse_empty_rows(model: Any, adapter: Adapter, rows: int | None) -> None:
     for outputs, part in ((ordinary, "output head"), (added, "input embeddings")):
         if outputs.isnan().any():
             raise EngineLoadError(
-                f"adapter {adapter.path} does not fit: it adds tokens, and its file holds no rows "
+                f"adapter {adapter.path} does not fit: it adds tokens, but its file has no rows "
                 f"for them in the {part}. Save it with save_embedding_layers=True"
             )
 
@@ -318,8 +319,8 @@ def attach(target: Any, adapter: Adapter, name: str, protected: set[int]) -> Att
 
 
 def _placed(outer: Any, adapter: Adapter, name: str) -> dict[str, torch.Tensor]:
-    """The adapter's weights under their names inside `outer`, as determined by peft, which knows
-    the names of other releases."""
+    """The adapter's weights under their names inside `outer`. peft determines these, since it knows
+    the names that other releases used."""
     found: dict[str, torch.Tensor] = {}
     load = outer.load_state_dict
 
@@ -408,7 +409,7 @@ def _few(names: Iterable[str]) -> str:
 
 
 def _merged(attached: Attached, adapter: Adapter, protected: set[int]) -> Any:
-    """The model with its adapter merged; checked against its output before merging."""
+    """The model with its adapter merged. Raises `EngineLoadError` if that changes its output."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     outer = attached.outer
@@ -425,7 +426,7 @@ def _merged(attached: Attached, adapter: Adapter, protected: set[int]) -> Any:
     _untie(model)
     error = relative_error(outputs_of(model, inputs, adapter.path), wanted)
     if not error <= tolerance(model, quantised=False):
-        raise refusal(adapter.path, f"merged, it computes something else (by {error:.3g})")
+        raise refusal(adapter.path, f"merging it changes its output (by {error:.3g})")
     return model
 
 
@@ -447,8 +448,8 @@ def _own_weights(
 
 
 def _untie(model: Any) -> None:
-    """Make the configuration say that weights are not tied, so that nothing ties again what an
-    adapter made different."""
+    """Set the configuration to untied weights if an adapter has made them different, so that
+    nothing ties them again."""
     inner, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is getattr(inner, "weight", None):
         return
@@ -461,8 +462,8 @@ def _untie(model: Any) -> None:
 
 
 def _fits_rows(loaded: LoadedModel, attached: Attached, adapter: Adapter) -> bool:
-    """Whether rows of one batch can use this adapter and others: it must be plain LoRA on layers
-    that see the rows."""
+    """Whether this adapter can be chosen per row, in one batch with others: it must be plain LoRA
+    on layers that see the rows."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -486,7 +487,7 @@ def _fits_rows(loaded: LoadedModel, attached: Attached, adapter: Adapter) -> boo
         if not isinstance(base, nn.Linear | Conv1D | nn.Embedding) or module.lora_variant:
             return False
         if isinstance(base, nn.Embedding) and loaded.takes_images:
-            # Such models look up single tokens outside of any batch.
+            # Such models also embed single tokens outside of any batch.
             return False
         layers.append(module)  # type: ignore[arg-type]  # a mixin of nn.Module
     return _see_rows(attached.model, layers)
@@ -540,4 +541,4 @@ def _put_into_rows(loaded: LoadedModel, by_row: dict[str, tuple[Adapter, Attache
         got = outputs_of(loaded.model, inputs, adapter.path)
         error = max(relative_error(got[0::2], wanted[0::2]), relative_error(got[1::2], base[1::2]))
         if not error <= allowed:
-            raise refusal(adapter.path, f"in a batch it computes something else (by {error:.3g})")
+            raise refusal(adapter.path, f"batching it changes its output (by {error:.3g})")

@@ -1,9 +1,9 @@
-"""Decisions: typed questions about a state, answered with probabilities as `DecisionPipeline` does.
+"""Decisions: typed questions about a state, answered with probabilities as by `DecisionPipeline`.
 
-Prompts, labels, temperatures and the form of the answers are transformers' own (`DecisionConfig`);
-here each prompt becomes a sequence of the batch, whose outputs are read instead of sampled. The
-tokens that transformers adds to a tokenizer to mark places go into a copy of the model's. Prompts
-are made in preprocessing threads; the rest runs on the engine's thread.
+Prompts, labels, temperatures and the form of answers are transformers' own (`DecisionConfig`). Here
+each prompt becomes a sequence of the batch whose outputs are read instead of sampled. The tokens
+that transformers adds to mark places are added to a copy of the model's tokenizer. Prompts are made
+in preprocessing threads; the rest runs on the engine's thread.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ __all__ = ["Decision", "DecisionMaker", "Probe", "SerialDecision", "decision_con
 
 
 def decision_config(loaded: LoadedModel) -> Any:
-    """The `DecisionConfig` that a model decides by, or None where it cannot decide. Raises
-    `EngineLoadError` for one that cannot be read."""
+    """The `DecisionConfig` by which a model decides; None if it cannot decide. Raises
+    `EngineLoadError` if it has one that cannot be read."""
     if loaded.head is not None:
         return loaded.head.config
     if DecisionConfig is None or loaded.embedding_only or loaded.encoder_decoder:
@@ -54,7 +54,9 @@ def decision_config(loaded: LoadedModel) -> Any:
             source, _raise_exceptions_for_connection_errors=False
         )
     except Exception as error:  # whatever its strict classes raise
-        raise EngineLoadError(f"{source}: its decision.json is wrong: {one_line(error)}") from error
+        raise EngineLoadError(
+            f"{source}: its decision.json cannot be used: {one_line(error)}"
+        ) from error
     holder = loaded.processor if loaded.processor is not None else loaded.tokenizer
     templated = config.chat_template or getattr(holder, "chat_template", None)
     # An adapter would change every other answer of the model.
@@ -66,16 +68,16 @@ def decision_config(loaded: LoadedModel) -> Any:
 
 @dataclass(slots=True)
 class DecisionPrompt:
-    """A prompt, and the questions that are read from it."""
+    """A prompt, and the questions whose answers are read from it."""
 
     prompt: Prompt
     questions: list[Any]
-    #: int64: each is the number of tokens before a place that the head reads.
+    #: int64 [questions]: the number of tokens before each place that is read.
     marks: torch.Tensor
 
 
 class _Assets(dict[str, Any]):
-    """Images by name, that know which of them stand in a prompt."""
+    """Images by name, which records those that a prompt contains."""
 
     def __init__(self, images: dict[str, Any]) -> None:
         super().__init__(images)
@@ -87,12 +89,12 @@ class _Assets(dict[str, Any]):
 
 
 class _ImageMemo:
-    """What a processor has made of images, for the questions of one request: they share the images
-    of their state. Stands in the place of the processor's own `preprocess`."""
+    """Replaces a processor's `preprocess`, and remembers its results for the questions of one
+    request, which share the images of their state."""
 
     def __init__(self, processor: Any) -> None:
         self._own = processor.preprocess
-        #: With the images, which are told apart by their identity.
+        #: Results by the identity of images and by arguments; the images are kept alive beside.
         self._made: dict[Any, tuple[Any, BatchFeature]] = {}
         processor.preprocess = self
 
@@ -104,7 +106,7 @@ class _ImageMemo:
                 return made
             self._made[key] = (images, made)
         made = copy.copy(self._made[key][1])
-        # Callers take entries out of it.
+        # Callers remove entries.
         made.data = dict(made.data)
         return made
 
@@ -119,16 +121,18 @@ def _identity(value: Any) -> Any:
 
 
 class DecisionMaker:
-    """Makes decisions of requests for one model (an adapter with texts of its own has its own)."""
+    """Turns requests into decisions, for one model or an adapter with its own tokenizer or
+    template."""
 
     def __init__(
         self, loaded: LoadedModel, facts: ModelFacts, config: Any, builder: PromptBuilder
     ) -> None:
-        """`facts`: of the texts, where those of an adapter are not the model's."""
+        """`facts`: those with the tokenizer and processor to use, the adapter's if it has its
+        own."""
         self.loaded = loaded
         self.config = config
         self._builder = builder
-        # A copy: marks are added to its vocabulary, behind the model's rows.
+        # A copy, since marks are added to its vocabulary, after the rows of the model.
         holder = facts.tokenizer if facts.processor is None else facts.processor
         self._processor = copy.deepcopy(holder)
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
@@ -138,7 +142,7 @@ class DecisionMaker:
         self.label_ids = functools.cache(functools.partial(label_token_ids, self._tokenizer))
 
     def prompts(self, job: Job) -> list[DecisionPrompt]:
-        """The prompts of a request. Raises `RequestError`."""
+        """The prompts of a request, in a preprocessing thread. Raises `RequestError`."""
         request = job.request
         images = self._builder.images(job)
         assets = _Assets({name: images[index].image for name, index in request.assets.items()})
@@ -159,14 +163,14 @@ class DecisionMaker:
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                # A template is the model's own program: whatever it raises fails this request.
+                # A template is a program that comes with the model: any error fails this request.
                 raise _invalid(f"model {request.model} cannot be asked this: {error}") from None
             finally:
                 if self._memo is not None:
                     self._memo.clear()
         for name in assets.keys() - assets.placed:
             raise _invalid(
-                f"asset {name!r} stands where the model's decision template shows no image"
+                f"asset {name!r} is used where the model's decision template does not place images"
             )
         digests: dict[int, bytes] = {}
         return [self._prompt(request, inputs, questions, digests) for inputs, questions in made]
@@ -178,7 +182,7 @@ class DecisionMaker:
         questions: list[Any],
         digests_of: dict[int, bytes],
     ) -> DecisionPrompt:
-        """`digests_of`: of tensors that the prompts of a request share, by their identity."""
+        """`digests_of`: digests of tensors that the prompts of a request share, by identity."""
         output = dict(inputs)
         marks: torch.Tensor = output.pop("marks")
         ids = output.pop("input_ids")[0].tolist()
@@ -194,8 +198,8 @@ class DecisionMaker:
         return DecisionPrompt(self._builder.finished(ids, output, digests), questions, marks)
 
     def scores(self, asked: DecisionPrompt, outputs: torch.Tensor) -> list[torch.Tensor]:
-        """What each option of the questions has, of `outputs` [marks, width] at their marks: hidden
-        states of a decision model, else logits."""
+        """The scores of the options of each question, from `outputs` [marks, width] at its mark:
+        hidden states of a decision model, else logits."""
         if self.loaded.head is not None:
             return self.loaded.head.scores(outputs, asked.questions)
         return [
@@ -204,7 +208,7 @@ class DecisionMaker:
         ]
 
     def alone(self, asked: DecisionPrompt) -> list[torch.Tensor]:
-        """The scores of one prompt by the whole model, in a forward of its own."""
+        """The scores of one prompt, by the whole model in a forward of its own."""
         loaded, prompt = self.loaded, asked.prompt
         inputs = prompt.inputs(loaded.device, loaded.dtype)
         inputs["input_ids"] = torch.tensor([prompt.ids], device=loaded.device)
@@ -229,7 +233,7 @@ class DecisionMaker:
                 raise RequestError(
                     ErrorCode.ENGINE_ERROR,
                     f"question {question.name!r} cannot be answered: the model's outputs are not "
-                    "numbers",
+                    "numbers (NaN)",
                 )
             answers[question.name] = question.answer(shares.tolist())
         return answers
@@ -241,8 +245,8 @@ def _plain(question: Question) -> dict[str, Any]:
 
 
 def _digest(output: dict[str, Any], known: dict[int, bytes]) -> bytes:
-    """Of all images of a prompt, as the model gets them: which of them stands where differs from
-    question to question."""
+    """Digest of all images of a prompt, as the model gets them: prompts of one request may contain
+    different ones of its images. `known`: digests of parts by identity."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(output.keys() - set(ALIGNED)):
         value = output[name]
@@ -275,32 +279,32 @@ class Decision(SequenceGroup):
         adapter: str | None,
         branch_tokens: int,
     ) -> None:
-        """`branch_tokens`: so many tokens of questions are computed behind one state; 0: the model
-        takes each question as a prompt of its own."""
+        """`branch_tokens`: up to this many tokens of questions are computed as branches behind one
+        state; 0: each question is a prompt of its own."""
         self.request_id = request_id
         self.maker = maker
         self.prompts = prompts
         self._answers: dict[str, Any] = {}
         self._error: ErrorInfo | None = None
-        #: Tokens that all prompts begin with, and what is read of none of them.
+        #: Length of the common beginning of all prompts, of which no output is read.
         self.shared_tokens = _shared(prompts)
         groups = _groups(prompts, self.shared_tokens, branch_tokens)
         super().__init__([Probe.of(self, group, adapter) for group in groups])
         self._left = len(self.sequences)
 
     def answered(self, answers: dict[str, Any]) -> list[EngineEvent]:
-        """A sequence has its answers."""
+        """Add the answers of a sequence. Returns the end of the request after the last one."""
         self._answers |= answers
         return self.out()
 
     def failed(self, error: ErrorInfo) -> list[EngineEvent]:
-        """A sequence failed: the others need not go on."""
+        """A sequence failed: cancel the others. Returns the end of the request after the last."""
         self._error = self._error or error
         self.cancelled = True
         return self.out()
 
     def out(self) -> list[EngineEvent]:
-        """A sequence holds nothing any more; the end of the request with the last of them."""
+        """A sequence has left the scheduler. Returns the end of the request after the last one."""
         self._left -= 1
         if self._left:
             return []
@@ -334,7 +338,7 @@ def _shared(prompts: list[DecisionPrompt]) -> int:
 def _groups(
     prompts: list[DecisionPrompt], shared: int, branch_tokens: int
 ) -> list[list[DecisionPrompt]]:
-    """The prompts, in groups of which each is one sequence. Only text can stand in a branch."""
+    """The prompts in groups, each of which becomes one sequence. Only text can be in a branch."""
     if shared < SMALLEST_PREFIX or any(asked.prompt.media_end > shared for asked in prompts):
         branch_tokens = 0
     groups: list[list[DecisionPrompt]] = []
@@ -350,7 +354,7 @@ def _groups(
 
 
 def _joined(prompts: list[DecisionPrompt], stem: int) -> Prompt:
-    """One prompt of the first `stem` tokens, which all have, and of what follows in each."""
+    """One prompt: the first `stem` tokens, which are common to all, and what follows in each."""
     first, *others = (asked.prompt for asked in prompts)
     parts = [first, *others]
     return Prompt(
@@ -395,7 +399,7 @@ class Probe(Sequence):
 
     @property
     def kept_tokens(self) -> int:
-        # Behind what all prompts share come the questions; others may ask other ones.
+        # What follows the shared beginning are questions, and other requests may ask others.
         alone = len(self.decision.prompts) == 1
         return self.filled if alone else min(self.filled, self.decision.shared_tokens)
 
@@ -407,7 +411,7 @@ class Probe(Sequence):
         if sum(map(len, self._parts)) < len(self.reads):
             return
         whole = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
-        # What is left of them is small.
+        # Keep only the scores, which are small.
         of_each = torch.split(whole, [len(one.marks) for one in self.asked])
         scores = self.decision.maker.scores
         self._scores = [scores(*pair) for pair in zip(self.asked, of_each, strict=True)]
@@ -443,8 +447,8 @@ class Probe(Sequence):
 
 
 class SerialDecision:
-    """A request whose prompts are computed one by one, as `DecisionPipeline` does it: where slots
-    cannot hold the model's state, or a prompt is too long for a batch."""
+    """A request whose prompts are computed one by one, as by `DecisionPipeline`: for a model that
+    slots cannot hold, or a prompt that is too long for a batch."""
 
     def __init__(
         self,
@@ -463,7 +467,7 @@ class SerialDecision:
 
     @torch.inference_mode()
     def step(self) -> Ended | None:
-        """Compute one prompt; the end of the request after the last."""
+        """Compute one prompt. Returns the end of the request after the last one, else None."""
         asked, loaded = self._left.pop(), self._maker.loaded
         loaded.choose_rows([self._adapter])
         with loaded.any_length():

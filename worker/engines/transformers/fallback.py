@@ -3,7 +3,7 @@
 transformers' `generate()` runs all of them: encoder-decoder models, state-space and hybrid models,
 models that compute their own positions. Each sequence has a thread in which `generate()` stops at
 every token until the scheduler has chosen it; only one thread runs at a time, so they take turns.
-Sampling, stop strings and texts are the same as for the batch.
+Sampling, stop strings and texts are handled as in the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from worker.engines.transformers.rope import RopeState
 __all__ = ["GenerateRunner", "plain_generation_config"]
 
 IMPOSSIBLE_ID = 2**31 - 1
-"""An end token that no model has: `generate()` would replace None with the model's own."""
+"""An end token that no model has; None would be replaced with the model's own by `generate()`."""
 
 NEUTRAL: dict[str, Any] = {
     "do_sample": False,
@@ -51,12 +51,13 @@ NEUTRAL: dict[str, Any] = {
     "eos_token_id": IMPOSSIBLE_ID,
     "stop_strings": None,
 }
-"""Generation settings decided by requests; the rest (suppressed tokens, forced BOS, ...) is
-the model's own."""
+"""Generation settings that requests decide; the rest (suppressed tokens, forced BOS, ...) are the
+model's own."""
 
 
 def plain_generation_config(model: Any, **changes: Any) -> Any:
-    """The model's generation config without what requests decide."""
+    """The model's generation config, with neutral values for what requests decide and then
+    `changes`."""
     config = copy.deepcopy(model.generation_config)
     pad = config.pad_token_id
     eos = config.eos_token_id
@@ -89,8 +90,8 @@ class _Generation(LogitsProcessor):  # type: ignore[misc]
         #: State that some models keep as attributes between steps.
         self._rope_deltas: Any = None
         self._rope: RopeState | None = None
-        #: Tokens of the answer from which `generate()` starts, and those that it has to repeat one
-        #: by one because they were computed with the rotary frequencies of their own lengths.
+        #: Tokens of the answer so far that `generate()` starts with, and those that it has to
+        #: compute again one by one, with the rotary frequencies of their own lengths.
         self.known, self.replayed = _divided(loaded, sequence)
 
     # --- the scheduler's side ---------------------------------------------------------------------
@@ -128,7 +129,7 @@ class _Generation(LogitsProcessor):  # type: ignore[misc]
         self._chosen = token_id
 
     def stop(self) -> None:
-        """End `generate()` and wait until its thread is gone."""
+        """End `generate()` and wait until its thread has ended."""
         if self._thread is None or not self._thread.is_alive():
             return
         self._stop = True
@@ -282,7 +283,7 @@ class GenerateRunner:
         if self._loaded.encoder_decoder:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
-                "prompt_logprobs: an encoder-decoder model gives no probabilities of its prompt",
+                "prompt_logprobs: an encoder-decoder model has no log probabilities for its prompt",
             )
         prompt = sequence.prompt
         self._loaded.choose_rows([sequence.adapter])
@@ -297,8 +298,8 @@ class GenerateRunner:
 
 
 def _divided(loaded: LoadedModel, sequence: Sequence) -> tuple[list[int], deque[int]]:
-    """The answer so far, divided into what may be computed with the prompt in one forward,
-    and the rest."""
+    """The answer so far, divided into what may be computed with the prompt in one forward, and the
+    rest."""
     answer, count = sequence.answer, len(sequence.answer)
     if loaded.rope is not None:
         # An encoder-decoder model's answer has its own positions.

@@ -41,7 +41,7 @@ from worker.engines.transformers.loading.llava import (
     assemble,
     find_parts,
     language_config,
-    refuse_half,
+    refuse_incomplete_llava,
 )
 from worker.engines.transformers.loading.quantise import (
     bitsandbytes_config,
@@ -62,18 +62,18 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 SMALL_BYTES = 1 << 27
-"""On a CPU, `dtype=auto` computes half-precision weights up to this size in float32: exact, and
+"""On a CPU, `dtype=auto` computes half-precision weights of up to this size in float32: exact, and
 fast enough."""
 
 FLOAT32_SHARE = 0.5
-"""Where the processor does not multiply bfloat16 itself, larger ones too, as long as they then take
-at most this share of the memory: a batch's products in bfloat16 take 3 times as long as in float32
-there, without AVX-512 4 times."""
+"""On a processor without bfloat16 instructions, larger weights are computed in float32 too, if they
+then take at most this share of memory: matrix products of a batch in bfloat16 take 3 times as long
+there as in float32, and 4 times without AVX-512."""
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for `--device`; "auto" takes the best one available. Raises
-    `EngineLoadError` for an unknown or absent one."""
+    """The torch device for `--device`; "auto" means the best one available. Raises
+    `EngineLoadError` if it is unknown or not available."""
     if name == "auto":
         for kind in ("cuda", "xpu", "npu", "mps"):
             if _available(kind):
@@ -133,15 +133,15 @@ def load_model(
             )
         if folder is not None and find_parts(folder, safetensors_only=False) is not None:
             raise EngineLoadError(
-                f"{adapter} is half of a LLaVA: {folder}, its base, is one in the LLaVA project's "
-                "format, and config.json and the projector (non_lora_trainables.bin) are missing "
+                f"{adapter} is an incomplete LLaVA: its base {folder} is in the LLaVA project's "
+                "format, but config.json and the projector (non_lora_trainables.bin) are missing "
                 "beside the adapter; copy the whole folder"
             )
     with _explained(path):
         config = AutoConfig.from_pretrained(
             path, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
-    # A sentence model's adapter has its own pooling and the like.
+    # An adapter of a sentence embedding model may have its own pooling and dense layers.
     held = None if adapter is None else local_folder(adapter)
     facts = held if held is not None and (held / "modules.json").is_file() else folder
     chosen = model_class(
@@ -152,7 +152,7 @@ def load_model(
         revision=options.revision,
     )
     if held is not None and not chosen.takes_images:
-        refuse_half(held)
+        refuse_incomplete_llava(held)
     device = pick_device(options.device)
     size = _weight_bytes(folder)
     # 4-bit weights are four times as large in half precision.
@@ -200,8 +200,8 @@ def _load_llava(
     spread = _is_spread(options, settings)
     if spread and (options.load_8bit or options.load_4bit):
         raise EngineLoadError(
-            f"{parts.folder} is put together from parts: quantise it on one device (--device "
-            "cuda:0, no max_memory)"
+            f"{parts.folder} is assembled from parts: it can only be quantised on a single device "
+            "(--device cuda:0, no max_memory)"
         )
     with _explained(base):
         if parts.whole:
@@ -278,7 +278,7 @@ def _base_of_adapter(folder: Path) -> str:
 
 
 def _weight_bytes(folder: Path | None) -> int:
-    """Bytes of the weights on disk; 0 if not local."""
+    """Bytes of a folder's safetensors files; 0 if the model is not in a local folder."""
     if folder is None:
         return 0
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -286,7 +286,7 @@ def _weight_bytes(folder: Path | None) -> int:
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Turn exceptions of transformers into one clear line."""
+    """Turn exceptions of transformers into an `EngineLoadError` of one clear line."""
     try:
         yield
     except EngineLoadError:
@@ -297,8 +297,8 @@ def _explained(path: str) -> Iterator[None]:
         ) from error
     except SafetensorError as error:
         raise EngineLoadError(
-            f"cannot load {path}: a file of its weights is damaged or cut, fetch it again "
-            f"({one_line(error, 400)})"
+            f"cannot load {path}: one of its weight files is damaged or incomplete; download it "
+            f"again ({one_line(error, 400)})"
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         text = one_line(error, 400)
@@ -322,7 +322,7 @@ def _explained(path: str) -> Iterator[None]:
 def _pick_dtype(
     options: EngineOptions, config: Any, device: torch.device, size: int
 ) -> torch.dtype:
-    """The dtype to compute in; `size`: bytes of the weights in half precision."""
+    """The dtype to compute in. `size`: bytes of the weights in half precision."""
     name = options.dtype
     if name != "auto":
         if name not in DTYPES:
@@ -337,19 +337,19 @@ def _pick_dtype(
         return torch.float32
     if multiplies_bfloat16():
         return torch.bfloat16
-    # Of the whole memory, not what is free: the answer must not depend on what else runs.
+    # Total memory, not free memory: the choice must not depend on what else runs.
     room = min(host_bytes(), options.memory_bytes or sys.maxsize)
     if 2 * size <= FLOAT32_SHARE * room:
         return torch.float32
     log.warning(
-        "computing in bfloat16, because weights in float32 would take more than half of the "
-        "memory: slow on this processor, which has no products in bfloat16 (--dtype float32)"
+        "computing in bfloat16, because float32 weights would take more than half of the memory; "
+        "this is slow on a processor without bfloat16 instructions (--dtype float32 overrides it)"
     )
     return torch.bfloat16
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products in bfloat16 (AVX-512 BF16 or AMX)."""
+    """Whether this processor has bfloat16 multiply instructions (AVX-512 BF16 or AMX)."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
@@ -364,7 +364,7 @@ def _load_weights(
     settings: EngineSettings,
     progress: Progress,
 ) -> tuple[Any, bool]:
-    """Returns the model and whether it computes like a quantised one."""
+    """The model, and whether it computes like a quantised one. Raises `EngineLoadError`."""
     if options.load_8bit and options.load_4bit:
         raise EngineLoadError("choose one of --load-8bit and --load-4bit")
     common: dict[str, Any] = {
@@ -418,7 +418,7 @@ def _load_weights(
 
 
 def _skeleton(auto_class: Any, config: Any, options: EngineOptions) -> Any:
-    """The model without weights, before quantisation."""
+    """The model on the meta device, without weights and not quantised."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -427,7 +427,8 @@ def _skeleton(auto_class: Any, config: Any, options: EngineOptions) -> Any:
 
 
 def _stored_quantisation(stored: dict[str, Any], path: str) -> dict[str, Any]:
-    """The quantisation config to load a quantised checkpoint with."""
+    """The quantisation config with which a quantised checkpoint is loaded. Raises
+    `EngineLoadError` if this engine cannot read its format."""
     method = str(stored.get("quant_method", "")).lower()
     if method == "awq" and not _installed("gptqmodel"):
         from worker.engines.transformers.loading import awq
@@ -483,7 +484,7 @@ def _max_memory(text: str) -> dict[int | str, str]:
 
 @contextmanager
 def _weights_progress(progress: Progress, path: str) -> Iterator[None]:
-    """Report transformers' own weight-loading bar to `progress`."""
+    """Report what transformers' weight-loading progress bar shows to `progress`."""
 
     def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
@@ -499,7 +500,7 @@ def _weights_progress(progress: Progress, path: str) -> Iterator[None]:
 
 
 class _Reported:
-    """Replaces a progress bar and reports to `progress`."""
+    """Takes the place of a progress bar and reports to `progress`."""
 
     def __init__(self, items: Any, progress: Progress, path: str) -> None:
         self._items, self._progress, self._path = list(items), progress, path
@@ -538,8 +539,8 @@ def _load_tokenizer(
 
 
 def _remote_processor(path: str, config: Any, common: dict[str, Any]) -> Any:
-    """The processor of remote code, or None if it has none that puts images into prompts: the model
-    is then served without images, with a warning."""
+    """The processor that a model's remote code brings; None, with a warning, if it cannot be loaded
+    or does not put images into prompts: the model is then served without images."""
     try:
         processor = load_processor(path, config, **common)
     except Exception as error:  # whatever the folder's own code raises
@@ -548,5 +549,5 @@ def _remote_processor(path: str, config: Any, common: dict[str, Any]) -> Any:
         if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
             return processor
         cause = f"{type(processor).__name__} does not put images into prompts"
-    log.warning("%s is served without images, its processor cannot be used: %s", path, cause)
+    log.warning("%s is served without images: its processor cannot be used: %s", path, cause)
     return None

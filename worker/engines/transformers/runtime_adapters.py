@@ -1,9 +1,9 @@
-"""LoRA adapters put into a model while it runs, and taken out again.
+"""LoRA adapters that are put into a model while it runs, and taken out again.
 
-Read and checked in a thread of their own, on a copy of the model that shares its weights; attached
-to the model itself between two steps, and compared there with peft's own forward, as at start. Only
-adapters that can be chosen per row are taken: the others would need a model and a cache of their
-own. Must never change what rows without the adapter compute.
+An adapter is read and checked in a thread of its own, on a copy of the model that shares its
+weights. It is attached to the model itself between two steps, and compared there with peft's own
+forward, as at start. Only adapters that can be chosen per row are accepted: others would need a
+model and a cache of their own. Must never change what rows without the adapter compute.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from worker.engines.transformers.settings import EngineSettings
 __all__ = ["RowLoader"]
 
 COPIES = 3
-"""An adapter is held twice while it is compared; the rest is for the comparison itself."""
+"""An adapter is in memory twice while it is compared; the third part is for the comparison."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """An adapter that fits, and what its rows and the base's must compute."""
+    """An adapter that fits, and the outputs that its rows and the base's must have."""
 
     one: Examined
     wanted: torch.Tensor
@@ -51,11 +51,11 @@ class RowLoader:
         self._base = base
         self._settings = settings
         self._trust_remote_code = trust_remote_code
-        #: Number of the next adapter: peft must not meet a name again.
+        #: Number of the next adapter: peft must never see the same name twice.
         self._count = len(self._loaded.adapters)
 
     def read(self, name: str, path: str) -> _Found:
-        """Read an adapter and attach it to a copy of the base. Raises EngineLoadError."""
+        """Read an adapter and attach it to a copy of the base. Raises `EngineLoadError`."""
         try:
             return self._read(name, path)
         except torch.OutOfMemoryError as error:
@@ -69,7 +69,7 @@ class RowLoader:
         )
         if not one.fits_rows:
             raise EngineLoadError(
-                f"adapter {name} changes more than plain LoRA of layers that see single rows, and "
+                f"adapter {name} is not plain LoRA on layers that see the rows of a batch, so it "
                 f"cannot be loaded while its base runs: start a worker with --engine-arg "
                 f"adapters={name}={path}"
             )
@@ -77,8 +77,8 @@ class RowLoader:
         free = free_bytes(loaded.device)
         if COPIES * size_bytes > free:
             raise EngineLoadError(
-                f"there is not enough memory for adapter {name}: it takes {size_bytes >> 20} MiB, "
-                f"and {free >> 20} MiB are free; unload another"
+                f"there is not enough memory for adapter {name}: loading it takes "
+                f"{COPIES * size_bytes >> 20} MiB, and {free >> 20} MiB are free; unload another"
             )
         inputs = probe_of(self._base)
         return _Found(
@@ -89,7 +89,7 @@ class RowLoader:
         )
 
     def put(self, name: str, found: _Found) -> int:
-        """Attach an adapter to the model that runs. Raises EngineLoadError."""
+        """Attach an adapter to the running model. Returns its bytes. Raises `EngineLoadError`."""
         loaded, adapter = self._loaded, found.one.adapter
         own_name = f"row{self._count}"
         self._count += 1
@@ -116,10 +116,10 @@ class RowLoader:
             relative_error(got[1::2], found.base[1::2]),
         )
         if not error <= tolerance(loaded.model, quantised=loaded.quantised):
-            raise refusal(path, f"in a batch it computes something else (by {error:.3g})")
+            raise refusal(path, f"batching it changes its output (by {error:.3g})")
 
     def take(self, name: str) -> None:
-        """Take an adapter out of the model, with what is cached of its prompts."""
+        """Take an adapter out of the model, and drop what is cached of its prompts."""
         assert self._loaded.rows is not None
         self._served.remove_adapter(name)
         self._detach(name, self._loaded.rows.own_name(name))
@@ -128,7 +128,7 @@ class RowLoader:
         rows = self._loaded.rows
         if rows is None:
             return
-        # Rows are chosen before each forward; until then the base's.
+        # Adapters are chosen before each forward; until then, all rows use the base.
         rows.choose_none()
         rows.forget(name)
         if own_name in rows.outer.peft_config:

@@ -1,4 +1,4 @@
-"""Reading checkpoints: model classes, formats of quantised weights, adapter files.
+"""Reads checkpoints: model classes, formats of quantised weights, adapter files.
 
 Must never serve a request or run a model. `transformers.loader` is the entry point.
 """

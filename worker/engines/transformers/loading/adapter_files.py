@@ -32,8 +32,9 @@ __all__ = [
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 FROM_BASE_WEIGHTS = ("pissa", "olora")
-"""Initialisations that also change the base, in a way that is determined by its weights."""
+"""Initialisations that also change the base, in a way that can be recomputed from its weights."""
 HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+"""Initialisations that leave the base as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ def peft_library() -> Any:
 
 
 def read_adapter(path: str, settings: EngineSettings) -> Adapter:
-    """The adapter at `path`, a folder or a hub id. Raises `EngineLoadError` if its
-    kind is unsupported."""
+    """The adapter at `path`, a folder or a hub id. Raises `EngineLoadError` if its kind is not
+    supported or its files are incomplete."""
     peft = peft_library()
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -98,7 +99,7 @@ def _refuse_kind(path: str, config: Any) -> None:
         raise refusal(
             path,
             f"it was saved by another peft and sets {', '.join(unknown)}, which the installed one "
-            "does not know",
+            "does not support",
         )
     if config.is_prompt_learning or config.is_adaption_prompt or kind in ("XLORA", "POLY"):
         raise refusal(path, f"it is of kind {kind}, which changes more than weights")
@@ -110,14 +111,14 @@ def _refuse_kind(path: str, config: Any) -> None:
     if isinstance(start, str) and start.lower() not in (*FROM_BASE_WEIGHTS, *HARMLESS_STARTS):
         raise refusal(
             path,
-            f"its training changed the base (init_lora_weights={start}) in a way that its folder "
-            "does not hold; save it with path_initial_model_for_weight_conversion",
+            f"its training changed the base (init_lora_weights={start}), and its folder does not "
+            "contain that change; save it with path_initial_model_for_weight_conversion",
         )
 
 
 def _unknown_options(file: Path, config: Any) -> list[str]:
-    """Options in an adapter's own configuration that peft would ignore with a warning. A bare
-    number switches nothing on."""
+    """Options in an adapter's configuration file that peft would ignore with a warning. Numbers are
+    left out: a number alone does not enable anything."""
     if not file.is_file():
         return []
     known = {field.name for field in fields(config)}
@@ -129,10 +130,12 @@ def _unknown_options(file: Path, config: Any) -> list[str]:
 
 
 def refuse_over_quantised(model: Any, adapter: Adapter) -> None:
-    """Refuse adapters that need the base's weights themselves, if these are quantised in a way that
-    peft cannot dequantise."""
+    """Raise `EngineLoadError` for adapters that need the base's exact weights, if these are
+    quantised and peft cannot dequantise them."""
     if adapter.changes_base:
-        raise refusal(adapter.path, "its start was taken from weights that are quantised here")
+        raise refusal(
+            adapter.path, "its initialisation depends on the base's weights, which are quantised"
+        )
     in_8_bits = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
     if in_8_bits and getattr(adapter.config, "use_dora", False):
         # On a CPU, peft's dequantisation leaves a layer that fails in its next forward.
@@ -149,8 +152,8 @@ def refusal(path: str, cause: str) -> EngineLoadError:
 
 @contextmanager
 def explained(path: str) -> Iterator[None]:
-    """Turn exceptions of peft into one clear line. Its warnings are covered by checks here, or
-    known to be harmless."""
+    """Turn exceptions of peft into an `EngineLoadError` of one clear line. Its warnings are
+    suppressed: checks here cover them, or they are known to be harmless."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

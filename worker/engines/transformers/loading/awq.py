@@ -1,5 +1,7 @@
 """AWQ checkpoints (4 bits, GEMM layout) without gptqmodel: dequantised while loading (`dense`).
-Must never be imported if gptqmodel is used."""
+
+Must never be imported if gptqmodel is used.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,18 @@ __all__ = ["dequantised", "dequantising_config"]
 METHOD = "tokenbus_awq"
 
 NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight neighbouring columns is in each nibble of a word, lowest nibble first."""
+"""Which of eight neighbouring columns each nibble of a word holds, lowest nibble first."""
 
 
 def dequantising_config(stored: dict[str, Any], path: str) -> dict[str, Any]:
-    """A replacement for the checkpoint's own quantisation config. Raises `EngineLoadError` for
-    layouts other than 4 bits with zero points, GEMM."""
+    """A replacement for the checkpoint's own quantisation config, whose method is dequantised here.
+    Raises `EngineLoadError` for anything but 4 bits with zero points in the GEMM layout."""
     layout = str(stored.get("version") or stored.get("format") or "gemm").lower()
     bits = stored.get("bits", stored.get("w_bit", 4))
     if layout != "gemm" or bits != 4 or not stored.get("zero_point", True):
         raise EngineLoadError(
-            f"{path} is an AWQ checkpoint of another kind than 4 bits, GEMM, zero points ({bits} "
-            f"bits, {layout}): it needs gptqmodel (pip install gptqmodel)"
+            f"{path} is an AWQ checkpoint with {bits} bits and layout {layout}; without gptqmodel, "
+            "only 4 bits with zero points in the GEMM layout can be read (pip install gptqmodel)"
         )
     return {"quant_method": METHOD}
 
@@ -50,7 +52,7 @@ def dequantised(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tenso
 
 
 def _unpacked(words: torch.Tensor) -> torch.Tensor:
-    """int8 [rows, 8 x columns] of int32 [rows, columns]."""
+    """Unpack int32 [rows, columns] to int8 [rows, columns * 8]."""
     result = torch.empty(*words.shape, 8, dtype=torch.int8, device=words.device)
     for nibble, column in enumerate(NIBBLE_COLUMNS):
         result[..., column] = ((words >> (4 * nibble)) & 15).to(torch.int8)

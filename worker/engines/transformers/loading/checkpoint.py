@@ -1,7 +1,7 @@
 """Checks that a checkpoint contains every weight that the model uses.
 
-If weights are missing, transformers continues with random ones and only logs it. Must
-never load weights.
+If weights are missing, transformers continues with random ones and only logs it. Must never load
+weights.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def refuse_left_out(model: Any, unexpected: Iterable[str], path: str) -> None:
 
 
 def weight_names(path: str, revision: str | None) -> list[str]:
-    """Names of the tensors in a safetensors checkpoint (a folder or a hub id); empty
-    for another format."""
+    """Names of the tensors in a safetensors checkpoint (a folder or a hub id); empty for other
+    formats."""
     for file in ("model.safetensors.index.json", "model.safetensors"):
         found = cached_file(
             path,

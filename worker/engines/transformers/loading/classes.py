@@ -1,7 +1,7 @@
 """Chooses the transformers Auto class that loads a model, and finds out whether it accepts images.
 
-Decided by the architecture in the configuration and by transformers' own mappings, never just by
-the ending of a name: `GPT2LMHeadModel` has a head. Must never load weights.
+The architecture in the configuration and transformers' own mappings decide, never just the ending
+of a name: `GPT2LMHeadModel` has a head. Must never load weights.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def model_class(
     trust_remote_code: bool,
     revision: str | None = None,
 ) -> ModelClass:
-    """The class for `config`. Remote code that registered a class under an alias of
-    `AutoModelForImageTextToText` is also registered under that name, in `config`. Raises
-    `EngineLoadError` for a kind of model that neither writes, embeds nor classifies text."""
+    """The class for `config`. If remote code has a class for an alias of
+    `AutoModelForImageTextToText`, `config` is changed to name it for that class too. Raises
+    `EngineLoadError` for a kind of model that neither generates, embeds nor classifies text."""
     kind = type(config)
     names = set(getattr(config, "architectures", None) or ())
     remote = dict(getattr(config, "auto_map", None) or {})
@@ -95,7 +95,8 @@ def model_class(
     if kind in MODEL_MAPPING:
         return ModelClass(AutoModel)
     raise EngineLoadError(
-        f"{path}: {kind.__name__} is no text, image-and-text or embedding model of transformers"
+        f"{path}: {kind.__name__} does not belong to a text, image-and-text or embedding model of "
+        "transformers"
     )
 
 
@@ -119,7 +120,7 @@ def _headless(kind: type, names: set[str]) -> bool:
             )
         )
     )
-    # Heads of older models that are in no mapping: GPT2DoubleHeadsModel.
+    # Some older models with heads are in none of the mappings: GPT2DoubleHeadsModel.
     return bool(names) and all(
         name not in heads
         and "Head" not in name
@@ -143,7 +144,7 @@ def _remote_class(
     *,
     sentence_model: bool,
 ) -> ModelClass | None:
-    """The class for which a folder's own code was registered, or None if it has no model."""
+    """The class for a model whose folder brings its own code; None if that has no model class."""
     for alias in _IMAGE_TEXT_ALIASES:
         if alias in remote:
             remote.setdefault(AutoModelForImageTextToText.__name__, remote[alias])

@@ -1,9 +1,9 @@
 """compressed-tensors checkpoints: weights become dense while loading, and activations are rounded
 as they were when the model was quantised.
 
-transformers reads every layer with one group's scheme and drops the rest; here each layer is read
-with the scheme of its own group, and inputs and outputs of quantised layers (W8A8, FP8, W4A8,
-NVFP4) are rounded by hooks, each token by itself. What cannot be reproduced is refused or reported.
+transformers reads every layer with the scheme of a single group and drops the rest. Here each layer
+is read with the scheme of its own group, and hooks round the inputs and outputs of quantised layers
+(W8A8, FP8, W4A8, NVFP4), each token by itself. What cannot be reproduced is refused or reported.
 The library defines the formats. Must never be imported if compressed-tensors is not installed.
 """
 
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 METHOD = "tokenbus_compressed_tensors"
 
 OFFLINE = ("weight_input", "weight_output")
-"""Locations of rotations that are fused into the stored weights; all others are computed
-at run time."""
+"""Locations of rotations that are fused into the stored weights; all others are computed at run
+time."""
 
 NAMES = (
     "weight",
@@ -48,12 +48,12 @@ NAMES = (
     "weight_shape",
     "weight_g_idx",
 )
-"""Names of the tensors that formats store for one weight."""
+"""Names of the tensors in which the formats store one weight."""
 
 
 def keeping_config(stored: dict[str, Any], path: str) -> dict[str, Any]:
-    """A replacement for the checkpoint's own quantisation config. Raises `EngineLoadError` for what
-    would give wrong answers."""
+    """A replacement for the checkpoint's own quantisation config, whose method is read here. Raises
+    `EngineLoadError` for checkpoints that would give wrong answers."""
     rotated = sorted(
         f"{name} ({place['location']})"
         for name, group in (
@@ -133,8 +133,8 @@ class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
                     )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Round activations from now on. The tensors in the checkpoint decide which layers are
-        quantised, since names in its config may be those of another release."""
+        """Round activations from now on. Which layers are quantised follows from the checkpoint's
+        tensors, since the names in its config may be those of another release."""
         fused = []
         for parameter, scheme in self.found.items():
             sides = _activations(scheme)
@@ -147,8 +147,8 @@ class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
                 setattr(model, ROUNDED, True)
         if fused:
             log.warning(
-                "the activations of %d fused experts (%s, ...) are not quantised as they were in "
-                "the checkpoint: they are more exact than its authors measured",
+                "the activations of %d fused experts (%s, ...) are not rounded as the checkpoint "
+                "asks: they are more exact than when its authors measured it",
                 len(fused),
                 fused[0],
             )
@@ -162,13 +162,14 @@ class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
         groups = [g for g in self._config.config_groups.values() if _fits(g, tensors)]
         if not groups or any(group.weights != groups[0].weights for group in groups):
             raise ValueError(
-                f"{path} belongs to {'none' if not groups else 'several'} of the quantisation "
-                "groups by its name and its tensors"
+                f"the name and the tensors of {path} fit {'none' if not groups else 'several'} of "
+                "the quantisation groups"
             )
         return groups[0]
 
     def _named(self, path: str, module: nn.Module) -> Any:
-        """The scheme whose targets match a layer, as looked up by compressed-tensors."""
+        """The scheme whose targets match a layer, by the rules of compressed-tensors; None if there
+        is none."""
         schemes = {
             target: scheme
             for scheme in self._config.config_groups.values()
@@ -188,14 +189,14 @@ class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
 
 
 class Decompress(ConversionOps):  # type: ignore[misc]
-    """Converts the tensors of a layer to its weight; those of experts, which transformers fuses in
-    a later operation, to a list of weights."""
+    """Converts the tensors of a layer to its weight, and those of experts to a list of weights,
+    which transformers fuses in a later operation."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self._quantizer = quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decompress:
-        # Copied for every parameter, but results are collected in one place.
+        # Copies are made for every parameter, but all must report to the same quantiser.
         return Decompress(self._quantizer)
 
     def convert(
@@ -216,7 +217,7 @@ class Decompress(ConversionOps):  # type: ignore[misc]
                         self._dense(full_layer_name, stem, index, model, held)
                         for index, held in enumerate(_each(tensors))
                     ]
-            # Later operations look up the names of sources.
+            # Later operations look up weights by the names of their sources.
             key = next(key for key in input_dict if key.rpartition(".")[0] == stem)
             result[key] = [weight.to(dtype) for weight in weights]
         if "" in layers:
@@ -236,7 +237,7 @@ class Decompress(ConversionOps):  # type: ignore[misc]
         scheme = self._quantizer.scheme(path, module, tensors)
         self._quantizer.found[parameter] = scheme
         if scheme.format == "dense":
-            # Stored in the state that it had during quantisation.
+            # Stored unrounded, as it was during quantisation.
             weight: torch.Tensor = fake_quantize(
                 tensors["weight"],
                 tensors["weight_scale"],
@@ -251,7 +252,7 @@ class Decompress(ConversionOps):  # type: ignore[misc]
 
 
 def _each(tensors: dict[str, list[torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each of several layers."""
+    """The tensors of each layer, one layer after the other."""
     for index in range(len(tensors["weight_scale"])):
         yield {name: held[index] for name, held in tensors.items()}
 
@@ -260,8 +261,8 @@ def _each(tensors: dict[str, list[torch.Tensor]]) -> Iterator[dict[str, torch.Te
 
 
 def _names(path: str) -> Iterator[str]:
-    """Names that a layer may have had in the transformers release that quantised it: without
-    leading modules, and with the language model elsewhere."""
+    """Names that a layer may have had in the transformers release that quantised it: with the
+    language model in another place, and without some of the leading modules."""
     for name in (
         path,
         path.replace("model.language_model.", "language_model.model.", 1),
@@ -289,7 +290,7 @@ def _source_path(parameter: str, stem: str, index: int) -> str:
 
 
 def _fits(scheme: Any, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether a layer's tensors match a scheme: bits, groups, zero points, type."""
+    """Whether a layer's tensors match a scheme in type, bits, groups and zero points."""
     weights = scheme.weights
     if weights is None:
         return False
@@ -323,14 +324,14 @@ def _round(path: str, module: nn.Module, side: str, arguments: Any) -> None:
     """Round the inputs or outputs of a layer from now on."""
     if arguments.dynamic is False and not hasattr(module, f"{side}_scale"):
         raise EngineLoadError(
-            f"{path} has rounded activations but no {side}_scale under the name that this "
-            "transformers uses"
+            f"{path} needs rounded activations, but the checkpoint has no {side}_scale for it "
+            "under the name that the installed transformers uses"
         )
 
     def rounded(values: torch.Tensor) -> torch.Tensor:
         if not values.numel():
             return values
-        # The library treats the second-to-last of three axes as tokens, and none of two axes.
+        # The library takes the second-to-last of three axes for tokens, but none of two axes.
         tokens = values.reshape(1, -1, values.shape[-1])
         overall = getattr(module, f"{side}_global_scale", None)
         if arguments.dynamic:

@@ -1,8 +1,8 @@
 """Dequantises checkpoints of packed integers while loading, if their own library is missing.
 
-Each weight is unpacked as it is read, so the packed and the dense model are never in memory
-together. The result is a dense model in the requested dtype. Uses transformers' own extension
-points for quantisers; the formats are in `awq` and `gptq`.
+Each weight is unpacked as it is read, so the packed and the dense model are never in memory at the
+same time. The result is a dense model in the requested dtype. Uses transformers' own extension
+points for quantisers; the formats are in `awq` and `gptq`. Must never know a format.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from worker.engines.base import EngineLoadError
 __all__ = ["ROUNDED", "explained_conversion", "noted_cause", "register"]
 
 ROUNDED = "tokenbus_rounded_activations"
-"""Attribute of a model with layers that round activations as when it was quantised: it computes
-like a quantised model although its weights are dense."""
+"""Attribute of a model whose layers round activations as they were rounded when it was quantised:
+it computes like a quantised model although its weights are dense."""
 
 
 _causes: list[str] = []
@@ -31,8 +31,8 @@ _causes: list[str] = []
 
 @contextmanager
 def noted_cause() -> Iterator[None]:
-    """Context for a conversion: remember the cause of a failure, since transformers raises a
-    generic error instead."""
+    """Context for a conversion: notes the cause of a failure, for which transformers then raises a
+    generic error."""
     try:
         yield
     except ValueError as error:
@@ -42,7 +42,8 @@ def noted_cause() -> Iterator[None]:
 
 @contextmanager
 def explained_conversion(path: str) -> Iterator[None]:
-    """Context for loading: raise `EngineLoadError` with the first cause noted, if any."""
+    """Context for loading: if it fails, raises `EngineLoadError` with the first cause that was
+    noted."""
     _causes.clear()
     try:
         yield
@@ -58,8 +59,8 @@ def register(method: str, parts: tuple[str, ...], dequantised: Callable[..., tor
     the quantisation config."""
 
     class Dequantise(ConversionOps):  # type: ignore[misc]
-        """Converts the tensors of a layer to its weight; those of experts, which transformers fuses
-        in a later operation, to a list of weights."""
+        """Converts the tensors of a layer to its weight, and those of experts to a list of weights,
+        which transformers fuses in a later operation."""
 
         def __init__(self, quantizer: HfQuantizer) -> None:
             self._facts = quantizer.quantization_config.facts
@@ -82,7 +83,7 @@ def register(method: str, parts: tuple[str, ...], dequantised: Callable[..., tor
                     ]
                 if not stem:
                     return {full_layer_name: dense[0]}
-                # Later operations look up the names of sources.
+                # Later operations look up weights by the names of their sources.
                 result[name] = dense
             return result
 

@@ -28,7 +28,7 @@ __all__ = [
     "assemble",
     "find_parts",
     "language_config",
-    "refuse_half",
+    "refuse_incomplete_llava",
 ]
 
 _WEIGHTS = ("non_lora_trainables", "mm_projector")
@@ -52,7 +52,7 @@ LLAVA_TEMPLATE = (
     "{{ eos_token if message['role'] == 'assistant' else ' ' }}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""LLaVA's conversation "v1", for language models without their own chat template."""
+"""LLaVA's conversation format "v1", for language models without a chat template of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,9 @@ class LlavaParts:
 
 def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
     """The parts in `folder`, or None if it is not a folder of the LLaVA project (a model in
-    transformers' own format is not). Raises `EngineLoadError` for pickles if only safetensors are
-    wanted, and for LLaVAs that transformers' class cannot compute."""
+    transformers' own format is not one). Raises `EngineLoadError` for incomplete folders, for
+    pickles if only safetensors are wanted, and for LLaVAs that transformers' class cannot
+    compute."""
     try:
         facts = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -91,13 +92,13 @@ def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
     if not found:
         files = "non_lora_trainables.bin beside its adapter" if has_adapter else "mm_projector.bin"
         raise EngineLoadError(
-            f"{folder} is half of a LLaVA: its config.json names a vision tower, but the projector "
-            f"({files}) is missing; copy the whole folder"
+            f"{folder} is an incomplete LLaVA: its config.json names a vision tower, but the "
+            f"projector ({files}) is missing; copy the whole folder"
         )
     if not whole and not has_adapter and found[0].stem == _WEIGHTS[0]:
         raise EngineLoadError(
-            f"{folder} is half of a LLaVA: {found[0].name} was trained beside a LoRA adapter, and "
-            "adapter_config.json is missing; copy the whole folder"
+            f"{folder} is an incomplete LLaVA: {found[0].name} was trained together with a LoRA "
+            "adapter, but adapter_config.json is missing; copy the whole folder"
         )
     pickles = [file for file in found if file.suffix == ".bin"]
     if has_adapter and not (folder / "adapter_model.safetensors").is_file():
@@ -117,26 +118,27 @@ def find_parts(folder: Path, *, safetensors_only: bool) -> LlavaParts | None:
         "flat",
     ):
         raise EngineLoadError(
-            f"{folder} is a LLaVA-NeXT (images in tiles) in the LLaVA project's format: only 1.0 "
-            "and 1.5 are read in it, take the model in transformers' format (llava-hf on the hub)"
+            f"{folder} is a LLaVA-NeXT (images in tiles) in the LLaVA project's format, in which "
+            "only 1.0 and 1.5 are supported: use the model in transformers' format (llava-hf on "
+            "the hub)"
         )
     return LlavaParts(folder, facts, tuple(found), has_adapter, whole)
 
 
-def refuse_half(folder: Path) -> None:
+def refuse_incomplete_llava(folder: Path) -> None:
     """Raise `EngineLoadError` for a LLaVA adapter without its config.json: it would be merged into
     a language model that cannot see images. Such an adapter is recognised by a trained projector
-    next to it, by the finished run around a checkpoint of it, or by the word "llava" in its name,
-    which is how the LLaVA project itself recognises it."""
+    next to it (or next to the `checkpoint-N` folder that contains it), or by "llava" in the
+    folder's name, which is how the LLaVA project itself recognises it."""
     place = folder.resolve()
     beside = [place, place.parent] if place.name.startswith("checkpoint-") else [place]
     for one in beside:
         trained = [one / (name + end) for name in _WEIGHTS for end in (".safetensors", ".bin")]
         if any(file.is_file() for file in trained) or "llava" in one.name.lower():
             raise EngineLoadError(
-                f"{folder} is half of a LLaVA: the adapter alone sees no images, and config.json "
-                "and the projector (non_lora_trainables.bin) are missing; copy the whole folder "
-                "of the finished run"
+                f"{folder} is an incomplete LLaVA: the adapter alone cannot see images, and "
+                "config.json and the projector (non_lora_trainables.bin) are missing; copy the "
+                "whole folder of the finished run"
             )
 
 
@@ -147,8 +149,8 @@ def language_config(parts: LlavaParts) -> Any:
     kind = _LANGUAGE_MODELS.get(str(parts.facts.get("model_type")))
     if kind is None:
         raise EngineLoadError(
-            f"{parts.folder} is a LLaVA of type {parts.facts.get('model_type')!r}: "
-            f"{', '.join(sorted(_LANGUAGE_MODELS))} are read in the LLaVA project's format"
+            f"{parts.folder} is a LLaVA of type {parts.facts.get('model_type')!r}: in the LLaVA "
+            f"project's format, only {', '.join(sorted(_LANGUAGE_MODELS))} are supported"
         )
     strange = ("model_type", "architectures", "auto_map", "transformers_version")
     own = {
@@ -169,9 +171,10 @@ def assemble(
 ) -> tuple[Any, Any]:
     """The model and its processor.
 
-    `language_model` has its output head, is on its device and has the folder's adapter already
-    merged; its modules are reused, not copied. `attention` None: transformers' choice. Raises
-    `EngineLoadError` if the parts do not fit, and what transformers raises for the tower.
+    `language_model` must have its output head, be on its device and have the folder's adapter
+    already merged; its modules are reused, not copied. `attention` None means transformers' choice.
+    Raises `EngineLoadError` if the parts do not fit together, and whatever transformers raises for
+    the tower.
     """
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -263,14 +266,14 @@ def _tensors(file: Path, wanted: Callable[[str], bool] | None) -> dict[str, Any]
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # including the unpickler's own error, which is not imported here
         raise EngineLoadError(
-            f"{file} contains something other than tensors, or is damaged: it is not read"
+            f"{file} was not loaded: it is damaged, or contains something other than tensors"
         ) from None
     return {name: state[name] for name in state if wanted is None or wanted(name)}
 
 
 def _projector(parts: LlavaParts, own: nn.Module, tower: Any, language_model: Any) -> nn.Module:
-    """An empty projector of the kind named in the folder, on the language model's device. Its
-    weights have the LLaVA project's names or transformers' (see `_fill`)."""
+    """A projector without weights, of the kind that config.json names, on the language model's
+    device. Its weights have the LLaVA project's names or transformers' (see `_fill`)."""
     kind = str(parts.facts.get("mm_projector_type", "linear"))
     inside, outside = tower.config.hidden_size, language_model.config.hidden_size
     place = {"device": language_model.device, "dtype": tower.dtype}
@@ -295,7 +298,8 @@ _OWN_NAMES = {"0": "linear_1", "2": "linear_2"}
 
 
 def _fill(module: nn.Module, state: dict[str, Any], source: Path, *, complete: bool = True) -> None:
-    """Copy `state` into `module`; `complete`: every weight of the module must be present."""
+    """Copy `state` into `module`. `complete`: every weight of the module must be in it. Raises
+    `EngineLoadError`."""
     if hasattr(module, "linear_1"):
         renamed = {}
         for name, tensor in state.items():
@@ -319,8 +323,8 @@ def _fill(module: nn.Module, state: dict[str, Any], source: Path, *, complete: b
 
 
 def _add_image_token(language_model: Any, tokenizer: Any) -> int:
-    """The id of `<image>`, which is added to tokenizer and model if they have none. Its embedding
-    is never read (images replace it) and it is never sampled, so the new row is zero."""
+    """The id of `<image>`, which is added to tokenizer and model if they lack it. Its embedding is
+    never used (images replace it) and it is never sampled, so the new rows are zero."""
     from tokenizers import AddedToken
 
     if _IMAGE_TOKEN not in tokenizer.get_vocab():

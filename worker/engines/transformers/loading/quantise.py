@@ -1,8 +1,8 @@
 """8-bit and 4-bit weights with bitsandbytes: decides which modules must not be quantised.
 
-transformers matches skip names from the start of a module's full path, or as a suffix, and passing
-any list removes its own exclusion of the output head. So the list is built with full paths from the
-model itself, on the meta device. Must never load weights.
+transformers matches the names to skip with the start of a module's full path or with its end, and
+passing any list removes its own exclusion of the output head. So the list is built from the full
+paths in the model itself, on the meta device. Must never load weights.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ MEDIA = re.compile(
     "(?<![a-z])(vision|visual|image|img|pixel|vqmodel|vpm|tower|audio|speech|protein|"
     "projector|connector|resampler|qformer|perceiver|aligner)(?![a-z])"
 )
-"""Words in the names of modules for images, audio, ... and of modules that connect them
-to the text."""
+"""Words in the names of modules for images, audio and the like, and of modules that connect them to
+the text."""
 
 FUSED_SHARE = 0.05
-"""Fraction of a model's weights; less is not worth a warning."""
+"""Fraction of a model's weights that must stay dense before a warning is logged."""
 
 _BNB_LAYERS = {"Linear8bitLt": 8, "Linear4bit": 4}
 
@@ -59,7 +59,8 @@ _BNB_SCALES = re.compile(r"\.(SCB|weight\.absmax)$")
 """Names of the tensor that accompanies every weight quantised by bitsandbytes."""
 
 PACKED_MULTIPLE = 64
-"""bitsandbytes packs 4-bit weights on a CPU in blocks of 64 input features and fails on others."""
+"""On a CPU, bitsandbytes packs 4-bit weights in blocks of 64 input features, and fails for layers
+whose number of inputs is not a multiple of that."""
 
 
 def bitsandbytes_config(
@@ -138,8 +139,9 @@ def _decoder_path(skeleton: nn.Module) -> str:
 
 
 def _media_paths(skeleton: nn.Module, roots: list[str]) -> list[str]:
-    """Paths of modules for images, audio, ... inside the language model or next to it: recognised
-    by the inputs of a nested model or, in older families with plain modules, by name."""
+    """Paths of modules for images, audio and the like, inside the language model or next to it.
+    They are recognised by the inputs of a nested model or, in older families with plain modules, by
+    name."""
     paths = []
     for path, module in skeleton.named_modules():
         takes = getattr(module, "main_input_name", None) if path else None
@@ -169,10 +171,11 @@ def stored_skip_list(
     quantization_config: dict[str, Any], skeleton: nn.Module, names: Iterable[str], path: str
 ) -> dict[str, Any]:
     """The config of a bitsandbytes checkpoint with a skip list derived from its files: layers whose
-    weights have scales are quantised, all others are not. The list stored in it follows names and
-    rules of the release that saved it.
+    weights have scales are quantised, all others are not. The stored skip list is not used, since
+    it follows the names and rules of the release that saved it.
 
-    `names` are those of the stored tensors. Raises `EngineLoadError` if one is not a layer here.
+    `names` are those of the stored tensors. Raises `EngineLoadError` if a quantised one does not
+    belong to a layer of `skeleton`.
     """
     renamings = get_model_conversion_mapping(skeleton)
     layers = dict(_linear_layers(skeleton))
@@ -201,9 +204,8 @@ def stored_skip_list(
 
 
 def normalise_skip_names(quantization_config: dict[str, Any]) -> dict[str, Any]:
-    """Skip names of checkpoints quantised before transformers 5 matched anywhere in a
-    path; the present rule matches its start or its end. Returns a config in which they
-    match by either rule."""
+    """A config in which the names to skip match as they did before transformers 5, anywhere in a
+    path; now only the start or the end of a path is matched."""
     fixed = dict(quantization_config)
     for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
         names = fixed.get(key)
@@ -214,11 +216,12 @@ def normalise_skip_names(quantization_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_packed_scales(model: nn.Module, path: str) -> None:
-    """Refuse 4-bit weights that were saved after a forward on a CPU with AVX-512 bfloat16.
+    """Raise `EngineLoadError` for 4-bit weights that were saved after a forward on a CPU with
+    AVX-512 bfloat16.
 
-    bitsandbytes 0.50.2 packs the weights for its kernel in that forward, and when it saves them
-    unpacks the weights but not their scales, which stay transposed: loaded, they belong to other
-    weights. To be called before the first forward. Raises `EngineLoadError`.
+    bitsandbytes 0.50.2 packs weights for its kernel in that forward. When it saves them, it unpacks
+    the weights but not their scales, which stay transposed and would be applied to the wrong
+    weights. Must be called before the model's first forward.
     """
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -228,8 +231,8 @@ def refuse_packed_scales(model: nn.Module, path: str) -> None:
             raise EngineLoadError(
                 f"{path}: the 4-bit weights of {name} were saved after they had been used on a CPU "
                 "with AVX-512 bfloat16; bitsandbytes then writes their scales in another order, "
-                "and the model would answer wrongly. Quantise the original checkpoint with "
-                "--load-4bit, or save it anew before its first forward"
+                "and the model would give wrong answers. Quantise the original checkpoint with "
+                "--load-4bit, or save it again before its first forward"
             )
 
 
@@ -237,8 +240,8 @@ def refuse_packed_scales(model: nn.Module, path: str) -> None:
 
 
 def quantised_share(model: nn.Module) -> float | None:
-    """The fraction of a model's weights that bitsandbytes has quantised; None if it
-    has quantised none."""
+    """The fraction of a model's weights that bitsandbytes has quantised; None if it has not
+    quantised any."""
     few, whole = 0, 0
     for module in model.modules():
         packed = isinstance(module, nn.Linear) and type(module).__name__ in _BNB_LAYERS
@@ -252,7 +255,7 @@ def quantised_share(model: nn.Module) -> float | None:
 
 
 def numbers_of(model: nn.Module, *, quantised: bool) -> str:
-    """What a model's weights are held in, in words: `bfloat16, weights of 4 bits`."""
+    """The dtype of a model and the bits of its weights, in words: `bfloat16, weights of 4 bits`."""
     bits = {_BNB_LAYERS.get(type(module).__name__, 0) for module in model.modules()} - {0}
     few = " and ".join(str(each) for each in sorted(bits))
     words = [str(model.dtype).removeprefix("torch.")]
@@ -266,9 +269,9 @@ def tell_dense_weights(model: nn.Module, path: str) -> None:
     share = quantised_share(model)
     if share is None:
         raise EngineLoadError(
-            f"{path}: bitsandbytes can quantise none of its weights (it takes linear layers; of 4 "
-            f"bits, on a CPU, those with a multiple of {PACKED_MULTIPLE} inputs): load it without "
-            "--load-8bit and --load-4bit"
+            f"{path}: bitsandbytes cannot quantise any of its weights (it quantises linear layers, "
+            f"and to 4 bits on a CPU only those with a multiple of {PACKED_MULTIPLE} inputs): load "
+            "it without --load-8bit and --load-4bit"
         )
     counts: dict[tuple[str, torch.dtype], int] = {}
     for module in model.modules():
@@ -282,7 +285,7 @@ def tell_dense_weights(model: nn.Module, path: str) -> None:
         if count > least:
             log.warning(
                 "%s: only %.0f %% of the weights are quantised: %s stay %s, because bitsandbytes "
-                "quantises linear layers and each of these is one parameter",
+                "quantises linear layers only, and each of these is a single fused parameter",
                 path,
                 100 * share,
                 name,
@@ -291,8 +294,8 @@ def tell_dense_weights(model: nn.Module, path: str) -> None:
 
 
 def computes_quantised(model: nn.Module) -> bool:
-    """Whether a loaded model has quantised weights, or rounds its activations. A model that
-    transformers made dense while loading has neither."""
+    """Whether a loaded model has quantised weights or rounds its activations. A model that
+    transformers made dense while loading does neither."""
     return bool(getattr(model, "is_quantized", False)) or hasattr(model, ROUNDED)
 
 
@@ -301,7 +304,6 @@ def warn_of_lost_rounding(model: nn.Module, stored: dict[str, Any], path: str) -
     if not computes_quantised(model) and str(stored.get("quant_method")) in ("fp8", "fbgemm_fp8"):
         log.warning(
             "%s is dense in memory, because this device has no FP8 kernels: its activations are "
-            "not "
-            "rounded as they were when it was quantised",
+            "not rounded as they were when it was quantised",
             path,
         )

@@ -33,8 +33,9 @@ def load_tower(
     attention: str | None,
     safetensors_only: bool,
 ) -> tuple[Any, Any]:
-    """The tower and its image processor. `name` is a folder, perhaps inside `folder`, or a hub id;
-    `state` has the tower's weights from the checkpoint (possibly none)."""
+    """The tower and its image processor. `name` is a folder, possibly inside `folder`, or a hub id;
+    `state` holds the tower's weights from the checkpoint, if it has any. Raises
+    `EngineLoadError`."""
     from transformers import AutoImageProcessor
 
     path = str(folder / name) if (folder / name).is_dir() else name
@@ -47,8 +48,8 @@ def load_tower(
         if not (name.startswith(_OPENAI_CLIP) and "embeddings.patch_embedding.weight" in state):
             raise EngineLoadError(
                 f"{folder} names the vision tower {name}, which is neither a folder nor available "
-                "from the hub now: load it once while online, or write its folder's path into "
-                f"mm_vision_tower of config.json ({one_line(error, 160)})"
+                "from the hub now: load it once while online, or set mm_vision_tower in "
+                f"config.json to the path of its folder ({one_line(error, 160)})"
             ) from error
         config, images = _openai_clip(state)
     kind = _CLASSES[config.model_type]()
@@ -102,7 +103,7 @@ def _config(path: str) -> Any:
 
 
 def _openai_clip(state: dict[str, Any]) -> tuple[Any, Any]:
-    """Configuration and image processor of one of OpenAI's towers, from the sizes of its
+    """Configuration and image processor of one of OpenAI's towers, derived from the shapes of its
     weights."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig
 
@@ -125,7 +126,7 @@ def _openai_clip(state: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _named_by(tower: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Weights under the names used by this transformers, which may have the prefix
+    """Weights under the names that the installed transformers uses, which may have the prefix
     `vision_model.`."""
     prefix = "vision_model." if hasattr(tower, "vision_model") else ""
     return {prefix + key: tensor for key, tensor in state.items()}
