@@ -1,5 +1,7 @@
-"""A request whose inputs are computed batch by batch, in turns with the streams: embeddings, and
-the scores of classifiers. Must never know what is computed.
+"""A request whose inputs are computed batch by batch between decode steps: embeddings, and the
+scores of classifiers.
+
+Must never know what is computed.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ class BatchedTask(Generic[Input]):
     prompt_tokens: int
     #: Indices of the inputs of each batch.
     batches: list[list[int]]
-    #: One result for each input of a batch, float32 little-endian.
+    #: Computes one result for each input of a batch: little-endian float32.
     compute: Callable[[list[Input]], list[bytes]]
-    #: The body of the answer, of the results of all inputs.
+    #: Makes the body of the answer from the results of all inputs.
     answer: Callable[[list[bytes]], dict[str, Any]]
     cancelled: bool = False
     results: list[bytes] = field(init=False)
@@ -36,7 +38,7 @@ class BatchedTask(Generic[Input]):
         self.results = [b""] * len(self.inputs)
 
     def step(self) -> Ended | None:
-        """Run one batch; returns the end of the request once all are done."""
+        """Run one batch. Returns the end of the request after the last one, else None."""
         batch = self.batches.pop()
         found = self.compute([self.inputs[index] for index in batch])
         for index, result in zip(batch, found, strict=True):

@@ -1,8 +1,9 @@
-"""Rerank and classify: the scores of sequence classifiers, in bounded batches beside the streams.
+"""Rerank and classify: scores of sequence classifiers, computed in bounded batches between decode
+steps.
 
-The scores are the model's own logits under its own activation, at any batch the same: whether a
-batch changes them is looked at when the model is loaded, and if it does, inputs go alone. Must
-never tokenise.
+Scores are the model's own logits after its own activation, and do not depend on the batch: loading
+compares batched logits with those of single inputs, and if they differ, every input is computed
+alone. Must never tokenise.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ __all__ = ["Classifier", "ClassifyOptions", "classify_options"]
 log = logging.getLogger(__name__)
 
 TOLERANCE: Final = {torch.float32: 1e-4}
-"""How far a batch may move a logit, of its own size, before inputs go alone."""
+"""Largest change of a logit by batching, relative to the largest logit; beyond it, inputs are
+computed alone."""
 
 _HALF_TOLERANCE: Final = 0.05
-"""The same in half precision, whose sums depend on their order."""
+"""The same in half precision, where the order of additions matters more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifyOptions:
     """Options of one request."""
 
+    #: Whether the model's activation is applied to its logits.
     activation: bool = True
+    #: Whether an input that is too long is cut; otherwise it is refused.
     truncate: bool = False
 
 
@@ -44,7 +48,8 @@ def classify_options(arguments: dict[str, Any]) -> ClassifyOptions:
     known = ClassifyOptions.__slots__
     if set(arguments) - set(known) or not all(isinstance(v, bool) for v in arguments.values()):
         raise RequestError(
-            ErrorCode.INVALID_REQUEST, f"classify_args: {' and '.join(known)}, true or false"
+            ErrorCode.INVALID_REQUEST,
+            f"classify_args may only contain {' and '.join(known)}, each true or false",
         )
     return ClassifyOptions(**arguments)
 
@@ -53,12 +58,13 @@ class Classifier:
     """Scores token ids with one model."""
 
     def __init__(self, loaded: LoadedModel, examples: list[Encoded]) -> None:
-        """Runs the model on the `examples`, of different lengths. Raises EngineLoadError."""
+        """Run the model on `examples`, which differ in length, alone and in one batch. Raises
+        `EngineLoadError` if that fails."""
         self._loaded = loaded
         self.labels = loaded.labels
         self._activation = _activation(loaded.model.config, len(self.labels))
         self._pad_id = _pad_id(loaded)
-        #: Why inputs go alone; empty: they go in batches.
+        #: Why inputs are computed alone; empty if they are batched.
         self.serial = self._why_alone(examples)
 
     def batches(self, inputs: list[Encoded]) -> list[list[int]]:
@@ -72,7 +78,7 @@ class Classifier:
     def score(
         self, batch: list[Encoded], options: ClassifyOptions, adapter: str | None = None
     ) -> list[bytes]:
-        """The scores of each input, one float32 little-endian for every label."""
+        """The scores of each input: little-endian float32, one for each label."""
         logits = self._logits(batch, adapter)
         if options.activation:
             logits = self._activation(logits)
@@ -115,19 +121,22 @@ class Classifier:
         limit = TOLERANCE.get(self._loaded.dtype, _HALF_TOLERANCE)
         if moved <= limit * max(1.0, alone.abs().max().item()):
             return ""
-        log.warning("classifier runs inputs alone: a batch moves its logits by %.2g", moved)
-        return f"a batch moves its logits by {moved:.2g}"
+        log.warning("classifier inputs are not batched: batching changes logits by %.2g", moved)
+        return f"batching changes its logits by {moved:.2g}"
 
 
 def _activation(config: Any, labels: int) -> Any:
-    """What makes scores of logits: what sentence-transformers noted for a cross-encoder, else what
-    transformers means by the problem type, else a sigmoid of one label and a softmax of several."""
+    """The activation that turns logits into scores: the one that sentence-transformers saved with a
+    cross-encoder, else the one that transformers uses for the problem type, else a sigmoid for one
+    label and a softmax for several."""
     noted = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
     noted = noted or getattr(config, "sbert_ce_default_activation_function", None)
     if noted:
         name = str(noted).rsplit(".", 1)[-1]
         if not str(noted).startswith("torch.nn.") or not hasattr(torch.nn, name):
-            raise EngineLoadError(f"the scores' activation is {noted}: only torch.nn's are known")
+            raise EngineLoadError(
+                f"the classifier's activation is {noted}: only those in torch.nn are supported"
+            )
         return torch.nn.Softmax(-1) if name == "Softmax" else getattr(torch.nn, name)()
     if config.problem_type == "regression":
         return torch.nn.Identity()
@@ -137,8 +146,8 @@ def _activation(config: Any, labels: int) -> Any:
 
 
 def _pad_id(loaded: LoadedModel) -> int | None:
-    """The id that pads a batch. Models without a separator look for the last token that is not
-    this one, and need it in their configuration."""
+    """The id that pads a batch; None if there is none. A configuration without one gets the
+    tokenizer's: decoder models score the last token that is not padding, and find it by this id."""
     config = loaded.model.config.get_text_config(decoder=True)
     if config.pad_token_id is None:
         config.pad_token_id = getattr(loaded.tokenizer, "pad_token_id", None)

@@ -1,8 +1,8 @@
-"""Embeddings: hidden states of texts, pooled, normalised, in bounded batches.
+"""Embeddings: hidden states of texts, pooled and normalised, in bounded batches.
 
-Pooling, normalisation and dense layers are taken from the model's sentence-transformers files if
-it has them; otherwise the normalised mean. Runs on the engine's thread between decode steps;
-must never tokenise.
+Pooling, normalisation and dense layers follow the model's sentence-transformers files if it has
+them; otherwise an embedding is the normalised mean. Runs on the engine's thread between decode
+steps; must never tokenise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from worker.engines.transformers.loaded import LoadedModel
 __all__ = ["BATCH_TOKENS", "EmbedOptions", "Embedder", "batches_by_length", "embed_options"]
 
 BATCH_TOKENS = 4096
-"""Padded tokens of one batch: limits how long running streams wait."""
+"""Most tokens of one batch, padding included: limits how long running streams wait."""
 
 POOLINGS = ("mean", "cls", "last", "max")
 
@@ -33,12 +33,13 @@ class EmbedOptions:
     pooling: str | None = None
     normalize: bool | None = None
     dimensions: int | None = None
-    #: The end of an input that is too long is left out; otherwise it is refused.
+    #: Whether an input that is too long is cut at its end; otherwise it is refused.
     truncate: bool = False
 
 
 def embed_options(arguments: dict[str, Any], width: int) -> EmbedOptions:
-    """Check a request's `embed_args`. Raises RequestError(INVALID_REQUEST)."""
+    """Check a request's `embed_args`; `width`: dimensions of the model's embeddings. Raises
+    `RequestError` (INVALID_REQUEST)."""
     unknown = sorted(set(arguments) - set(EmbedOptions.__slots__))
     if unknown:
         raise _invalid(
@@ -56,7 +57,7 @@ def embed_options(arguments: dict[str, Any], width: int) -> EmbedOptions:
         or isinstance(dimensions, bool)
         or not 1 <= dimensions <= width
     ):
-        raise _invalid(f"dimensions must lie between 1 and {width}")
+        raise _invalid(f"dimensions must be an integer between 1 and {width}")
     truncate = arguments.get("truncate", False)
     if not isinstance(truncate, bool):
         raise _invalid("truncate must be true or false")
@@ -64,8 +65,8 @@ def embed_options(arguments: dict[str, Any], width: int) -> EmbedOptions:
 
 
 def batches_by_length(lengths: list[int], together: int) -> list[list[int]]:
-    """Indices of inputs of so many tokens, in batches of similar length within `BATCH_TOKENS`; one
-    of more than `together` tokens goes alone."""
+    """Indices of inputs with these lengths, in batches of similar length within `BATCH_TOKENS`. An
+    input of more than `together` tokens is a batch of its own."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         longest = lengths[index]
@@ -96,8 +97,8 @@ class Embedder:
         )
 
     def batches(self, inputs: list[list[int]]) -> list[list[int]]:
-        """Indices of the inputs, in batches of similar length within the limit. If position angles
-        depend on the longest input of a batch, long ones go alone."""
+        """Indices of the inputs, in batches of similar length within `BATCH_TOKENS`. If rotary
+        frequencies depend on the longest input of a batch, long ones are computed alone."""
         rope = self._loaded.rope
         together = BATCH_TOKENS if rope is None else rope.unchanged_tokens
         return batches_by_length(list(map(len, inputs)), together)
@@ -106,7 +107,7 @@ class Embedder:
     def embed(
         self, batch: list[list[int]], options: EmbedOptions, adapter: str | None = None
     ) -> list[bytes]:
-        """Embeddings of one batch, each float32 little-endian, computed with `adapter`."""
+        """Embeddings of one batch, computed with `adapter`: little-endian float32 each."""
         device = self._loaded.device
         longest = max(map(len, batch))
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -133,7 +134,7 @@ class Embedder:
 
 
 def _pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """[batch, tokens, width] to [batch, width]; rows are right-padded."""
+    """Pool right-padded states [batch, tokens, width] to [batch, width]."""
     if pooling == "cls":
         return states[:, 0]
     if pooling == "last":
@@ -148,7 +149,8 @@ Dense = tuple[torch.Tensor, torch.Tensor | None, Any]
 
 
 def _sentence_files(folder: Path | None) -> tuple[str, bool, list[Dense]]:
-    """Pooling, normalisation and dense layers of a sentence-transformers folder."""
+    """Pooling, normalisation and dense layers of a sentence-transformers folder; without one,
+    normalised means. Raises `EngineLoadError` for modules that are not supported."""
     if folder is None or not (folder / "modules.json").is_file():
         return "mean", True, []
     pooling, normalize = "mean", False

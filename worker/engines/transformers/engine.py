@@ -1,6 +1,6 @@
-"""The transformers engine: several models on one device, which share its memory.
+"""The transformers engine: loads one or several models and divides memory between their caches.
 
-Loads them and divides the memory; `common.engine` runs the jobs. Must never read a request.
+`common.engine` runs the jobs. Must never read a request.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from worker.engines.base import EngineLoadError, EngineOptions, Progress
 
-# Threads that spin while waiting starve others on a busy machine. Read when torch is imported.
+# Threads that spin while waiting starve others on a busy machine. torch reads this on import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -39,10 +39,10 @@ from worker.naming import name_from_path
 __all__ = ["TransformersEngine", "build_engine"]
 
 DEFAULT_SLOTS = 32
-"""Both on a CPU and on a GPU, larger batches gain little."""
+"""Larger batches gain little, on a CPU as on a GPU."""
 
 ROOM_TOKENS = 2048
-"""Tokens per slot that are allocated at once if decode steps are captured."""
+"""Tokens per slot that are allocated at start if decode steps are captured."""
 
 DEVICE_SHARE = 0.8
 HOST_SHARE = 0.4
@@ -76,7 +76,7 @@ def build_engine(options: EngineOptions, progress: Progress) -> TransformersEngi
         if settings.adapters_folder and index == 0:
             if loaded.rows is None:
                 refuse_second_layer(loaded)
-            # What adapters that come later are compared with.
+            # Adapters that are loaded later are compared with these.
             bases.append(loaded.reference or shared_copy(loaded.model))
         progress(None, f"warming up {own[0] if own else path}")
         served.append(
@@ -129,7 +129,7 @@ def _demo_path() -> str:
 
 
 def _share(progress: Progress, index: int, count: int) -> Progress:
-    """Progress of one model as progress of all."""
+    """Progress of model `index` of `count`, reported as a part of the whole."""
 
     def report(fraction: float | None, note: str) -> None:
         progress(None if fraction is None else (index + fraction) / count, note)
@@ -154,8 +154,8 @@ class TransformersEngine(BatchEngine):
         self._share_memory(settings, memory_bytes)
 
     def _share_memory(self, settings: EngineSettings, memory_bytes: int) -> None:
-        """Divide the free memory of each device, or what of `memory_bytes` is left of it, between
-        the slot caches on it."""
+        """Divide each device's free memory between the slot caches on it. `memory_bytes` limits
+        what this process may use, weights included; 0 for no limit."""
         runners = [m.slot_runner for m in self._served if m.slot_runner is not None]
         for runner in runners:
             cache, device = runner.cache, runner.forward.device
@@ -180,8 +180,8 @@ class TransformersEngine(BatchEngine):
             runner.limit_drafts(cache.budget)
             runner.rows.prefix = PrefixCache(0 if runner.rows.whole_prompts else kept)
             if runner.forward.static is not None:
-                # Growth would invalidate captured steps: allocate room for ordinary requests
-                # from the start.
+                # Growing would invalidate captured steps, so room for ordinary requests is
+                # allocated now.
                 room = min(ROOM_TOKENS, cache.budget // runner.slots)
                 if cache.reserve(runner.slots, room, 0, 0):
                     runner.forward.static.warm_up()

@@ -1,9 +1,9 @@
-"""Decision models (`XxxForDecision`) in two parts: hidden states in a batch, the head over them.
+"""Decision models (`XxxForDecision`) in two parts: the backbone, and the head that scores options.
 
-transformers runs such a model one prompt at a time. Its backbone is a model like any other, which
-slots can run; its head is the class's own code over the hidden states at the marks, called here
-with those of many prompts. Whether that comes to what `decide()` says, the self test looks. Must
-never load weights.
+transformers runs such a model one prompt at a time. Here its backbone runs in slots like any other
+model, and its head, which is the class's own code, is called with hidden states at the marks of
+many prompts. The self test checks that the result is that of `decide()`. Must never choose what is
+computed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["Backbone", "DecisionClass", "DecisionHead", "decision_class", "is_de
 
 
 class DecisionClass:
-    """Loads one class of decision models as the Auto classes load others: transformers' own way of
-    doing so cannot say which weights were missing."""
+    """Loads one class of decision models in the way that Auto classes load others: transformers'
+    own loader for it does not report missing weights."""
 
     def __init__(self, kind: Any) -> None:
         self._kind = kind
@@ -36,7 +36,7 @@ class DecisionClass:
     def from_pretrained(
         self, path: str, *, config: Any, output_loading_info: bool, **kwargs: Any
     ) -> Any:
-        """The model, and what is to be said of its weights."""
+        """The model, and transformers' loading info about its weights."""
         assert output_loading_info
         kind, revision = self._kind, kwargs.get("revision")
         decisions = None
@@ -48,7 +48,7 @@ class DecisionClass:
         adapter = model.decision_config.adapter
         if adapter:
             model.load_adapter(path, adapter_kwargs={"subfolder": adapter})
-            # From here on it is one model, as it was trained.
+            # Base and adapter were trained as one model, and are served as one.
             model._hf_peft_config_loaded = False
         return model, told
 
@@ -58,8 +58,8 @@ class DecisionClass:
 
 
 def decision_class(kind: type, path: str, revision: str | None) -> DecisionClass | None:
-    """What loads a checkpoint that is a decision model, or holds the head of one beside its
-    weights; None for others. `kind`: of its configuration."""
+    """The loader of a checkpoint that is a decision model, or has the head of one beside its
+    weights; None for others. `kind`: the class of its configuration."""
     if kind not in MODEL_FOR_DECISION_MAPPING:
         return None
     found = MODEL_FOR_DECISION_MAPPING[kind]
@@ -78,7 +78,7 @@ class Backbone(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        #: As models with a head name it.
+        #: The attribute name that models with a head use.
         self.model = model.base_model
         self.config = self.model.config
         self.name_or_path = model.name_or_path
@@ -97,7 +97,7 @@ class Backbone(nn.Module):
             )
             return SimpleNamespace(logits=states[:, kept])
 
-        # Who runs a model looks at what its forward takes.
+        # Callers inspect which arguments a model's forward takes.
         forward.__signature__ = own.replace(parameters=[*named, kept, *rest])  # type: ignore[attr-defined]
         self.forward = forward
 
@@ -112,12 +112,12 @@ class Backbone(nn.Module):
         return dtype
 
     def get_input_embeddings(self) -> Any:
-        """As of any model of transformers."""
+        """As for any model of transformers."""
         return self.model.get_input_embeddings()
 
 
 class _Given(nn.Module):
-    """Stands for the backbone where its hidden states are there already."""
+    """Takes the place of the backbone when its hidden states are already computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,14 +135,14 @@ class DecisionHead:
         #: The model's own `DecisionConfig`.
         self.config = model.decision_config
         self._given = _Given()
-        # The same weights, in a model whose backbone is replaced.
+        # A model with the same weights, whose backbone is replaced.
         self._head = copy.copy(model)
         self._head._modules = dict(model._modules)
         self._head._modules[model.base_model_prefix] = self._given
 
     def scores(self, states: torch.Tensor, questions: list[Any]) -> list[torch.Tensor]:
-        """Scores of the options of each question, before temperatures, from the hidden states
-        [questions, width] of the token before its mark."""
+        """Scores of the options of each question, before temperatures are applied, from the hidden
+        states [questions, width] of the token before each question's mark."""
         self._given.states = states
         places = torch.arange(1, len(states) + 1)
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
@@ -154,15 +154,15 @@ class DecisionHead:
     def whole(
         self, marks: torch.Tensor, questions: list[Any], inputs: dict[str, Any]
     ) -> list[torch.Tensor]:
-        """The same of a prompt, by the whole model: `inputs` with `input_ids` [1, tokens], and the
-        number of tokens before each mark."""
+        """The same scores by the whole model. `inputs`: the prompt, with `input_ids` [1, tokens];
+        `marks`: the number of tokens before each mark."""
         return _scored(self.model, marks, questions, inputs)
 
 
 def _scored(
     model: Any, marks: torch.Tensor, questions: list[Any], inputs: dict[str, Any]
 ) -> list[torch.Tensor]:
-    """What `decide()` asks of a model, but temperatures."""
+    """The forward that `decide()` runs, before temperatures are applied."""
     device = inputs["input_ids"].device
     kinds = [type(question).questions_types.index(question.type) for question in questions]
     options = [len(question.options) for question in questions]

@@ -1,6 +1,6 @@
-"""Image limits and decoding, re-exported for programs that import them from here.
+"""Re-exports image limits and decoding for programs that import them from here.
 
-The code is in `worker.engines.common.images`. Must never contain any of its own.
+The code is in `worker.engines.common.images`; must never contain any itself.
 """
 
 from worker.engines.common.images import ImageLimits, decode_image

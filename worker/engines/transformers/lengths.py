@@ -1,8 +1,8 @@
 """Batches short sequences, and runs those that grow past a length one by one.
 
 For models whose rotary frequencies depend on the sequence length (`rope`): up to some length they
-do not change, so rows share a batch; beyond it each sequence has its own forward. Must never
-touch a model.
+do not change, so rows share a batch; beyond it each sequence has its own forward. Must never touch
+a model.
 """
 
 from __future__ import annotations

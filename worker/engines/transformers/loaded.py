@@ -1,6 +1,6 @@
-"""A model in memory, with its facts, device and adapters.
+"""A model in memory: its device, dtype, adapters and what the engine needs to know of it.
 
-Probes rotary embeddings; must never load weights or run the model.
+Runs rotary embeddings on a few positions; must never load weights or run the model.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from worker.engines.transformers.settings import EngineSettings
 __all__ = ["LoadedModel", "labels_of", "wrap_model"]
 
 _LABELS_SHOWN = 100
-"""Labels of a classifier in its details, which every client may ask for."""
+"""How many of a classifier's labels its details list: they are sent to every client that asks."""
 
 
 def labels_of(config: Any) -> tuple[str, ...]:
-    """The names of a classifier's labels, in the order of its logits; each once."""
+    """The names of a classifier's labels, in the order of its logits; made unique by appending the
+    index to a repeated one."""
     names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
     found: list[str] = []
     for index in range(int(config.num_labels)):
@@ -45,15 +46,15 @@ class LoadedModel(ModelFacts):
     model: Any
     device: torch.device
     dtype: torch.dtype
-    #: Chooses the adapter of each row.
+    #: The adapters that can be chosen per row, if there are any.
     rows: RowAdapters | None = None
     #: The model before adapters were attached, until the self test is over.
     reference: Any = None
-    #: Of a decision model, which writes nothing: what scores answers; `model` is its backbone.
+    #: The scoring head of a decision model, which generates no text; `model` is then its backbone.
     head: DecisionHead | None = None
-    #: Of a sequence classifier, which writes nothing: the names of its labels.
+    #: The label names of a sequence classifier, which generates no text.
     labels: tuple[str, ...] = ()
-    #: Set if rotary angles differ between long and short sequences.
+    #: Set if rotary frequencies depend on the length of a sequence.
     rope: LengthRope | None = None
 
     def choose_rows(self, adapters: Sequence[str | None]) -> None:
@@ -62,7 +63,7 @@ class LoadedModel(ModelFacts):
             self.rows.choose(adapters)
 
     def any_length(self) -> AbstractContextManager[None]:
-        """Context in which forwards may be longer than `rope` allows for a batch."""
+        """Context in which a forward may be longer than `rope` allows in a shared batch."""
         return nullcontext() if self.rope is None else self.rope.used()
 
 
@@ -75,7 +76,11 @@ def wrap_model(
     folder: Path | None = None,
     quantised: bool = False,
 ) -> LoadedModel:
-    """Gather the facts of a model that is in memory already."""
+    """A `LoadedModel` of a transformers model that is already in memory.
+
+    `folder` is where its other files are (sentence-transformers, decision.json); `quantised` says
+    whether it computes like a quantised model.
+    """
     model = model.eval()
     architecture, decision_head = type(model).__name__, None
     if is_decision_model(model):
@@ -119,8 +124,8 @@ def wrap_model(
 
 
 def _positions(model: Any) -> int:
-    """How many tokens the model has position embeddings for: RoBERTa and its kin begin to count
-    behind their padding token, and have fewer than their configuration says."""
+    """How many tokens have a learned position embedding. RoBERTa and its relatives start counting
+    after their padding index, so they have fewer than their configuration says."""
     table = next(
         (one for name, one in model.named_modules() if name.endswith("position_embeddings")), None
     )
@@ -130,7 +135,7 @@ def _positions(model: Any) -> int:
 
 
 def _needs_image(model: Any) -> bool:
-    """Whether `generate` requires an image (BLIP-2's)."""
+    """Whether the model's `generate` requires an image, as BLIP-2's does."""
     generate = getattr(type(model), "generate", None)
     parameters = {} if generate is None else inspect.signature(generate).parameters
     return "pixel_values" in parameters and (

@@ -1,5 +1,7 @@
 """Free memory of a device, memory used by this process, and the errors for too little of it.
-Reads, never allocates."""
+
+Must never allocate.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,13 @@ def free_bytes(device: torch.device) -> int:
             used = int((_CGROUP / "memory.current").read_text())
             free = min(free, int(limit) - used)
     except (OSError, ValueError):
-        # No cgroup v2 here: use the machine's own value.
+        # No cgroup v2 here: use the machine's value.
         return free
     return max(free, 0)
 
 
 def host_bytes() -> int:
-    """Bytes of memory of this machine, or of the container."""
+    """Total memory of this machine, or of its container, in bytes."""
     whole = int(psutil.virtual_memory().total)
     with contextlib.suppress(OSError, ValueError):
         # "max" instead of a number: there is no limit.
@@ -77,12 +79,12 @@ def release_cached(device: torch.device) -> None:
 
 
 def no_room(tokens: int, budget: int, capacity: int) -> ErrorInfo:
-    """The error if `tokens` of one request do not fit into a cache of that budget (0: no
-    limit) and capacity."""
+    """The error for one request whose `tokens` do not fit into the KV cache. `budget` is its limit
+    in tokens (0: none), `capacity` the length of a row."""
     return ErrorInfo(
         code=ErrorCode.OUT_OF_MEMORY.value,
         message=(
-            f"{tokens} tokens of prompt and answer do not fit into the memory for keys and values "
+            f"{tokens} tokens of prompt and answer do not fit into the KV cache "
             f"({budget or capacity} tokens): shorten the prompt, or start the worker with a larger "
             "kv_tokens or memory_share"
         ),
@@ -91,7 +93,7 @@ def no_room(tokens: int, budget: int, capacity: int) -> ErrorInfo:
 
 
 def uncomputable(tokens: int) -> ErrorInfo:
-    """The error if memory ran out while `tokens` of one request were computed."""
+    """The error for one request for which memory ran out while its `tokens` were computed."""
     return ErrorInfo(
         code=ErrorCode.OUT_OF_MEMORY.value,
         message=(

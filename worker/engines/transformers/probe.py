@@ -1,4 +1,4 @@
-"""A few rows of ordinary tokens, and what a model makes of them: by these, adapters are compared.
+"""A small batch of ordinary tokens and a model's output for it, by which adapters are compared.
 
 Must never change a model.
 """
@@ -14,11 +14,12 @@ from worker.engines.transformers.loading.adapter_files import explained
 __all__ = ["PROBE_ANSWER", "PROBE_ROWS", "PROBE_TOKENS", "outputs_of", "probe_of"]
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_ANSWER = 3, 5, 2
-"""Two different numbers, so that swapped dimensions are noticed."""
+"""All different, so that swapped dimensions are noticed."""
 
 
 def probe_of(model: Any) -> dict[str, torch.Tensor]:
-    """Rows of ordinary tokens."""
+    """Arguments of a forward over `PROBE_ROWS` rows of ordinary tokens; for an encoder-decoder
+    model, with `PROBE_ANSWER` tokens for the decoder."""
     count = int(model.config.get_text_config(decoder=True).vocab_size)
     numbers = torch.arange(PROBE_ROWS * PROBE_TOKENS, device=model.device)
     # Away from both ends of the vocabulary, where special tokens are.
@@ -32,7 +33,8 @@ def probe_of(model: Any) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def outputs_of(model: Any, inputs: dict[str, torch.Tensor], path: str) -> torch.Tensor:
-    """float32 logits, or hidden states of a model that only embeds."""
+    """The model's first output as float32: logits, or hidden states of a model that only embeds.
+    Raises `EngineLoadError`, which names the adapter at `path`."""
     with explained(path):
         outputs: torch.Tensor = model(**inputs)[0]
     return outputs.float()

@@ -1,8 +1,8 @@
 """Silences library messages that are useless to anyone who runs a worker.
 
-Each message is known, harmless and would be repeated at every start (or at every matrix
-multiplication). All other warnings are shown. Must never raise a whole library's level, or
-touch standard error.
+Each of them is known, harmless and repeated at every start or every matrix multiplication. All
+other warnings are shown. Must never raise the log level of a whole library, or touch standard
+error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HARMLESS = {
 
 
 class _Without(logging.Filter):
-    """Drops records that contain one of these texts."""
+    """Drops log records that contain one of these texts."""
 
     def __init__(self, *texts: str) -> None:
         super().__init__()
@@ -43,8 +43,7 @@ def quiet_libraries() -> None:
     """Install these filters in this process. Idempotent; call it in the engine's process."""
     for name, texts in _HARMLESS.items():
         logging.getLogger(name).addFilter(_Without(*texts))
-    # Logged for every matrix multiplication of LLM.int8: setting the level costs less
-    # than a filter.
+    # Logged for every matrix multiplication of LLM.int8: a level costs less than a filter.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    # peft uses the name that transformers will remove.
+    # peft uses a name that transformers has deprecated.
     warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -51,7 +51,7 @@ __all__ = ["ServedModel"]
 log = logging.getLogger(__name__)
 
 _EXAMPLES = ("Yes.", "The quick brown fox jumps over the lazy dog and sleeps until noon.")
-"""Texts of different lengths, on which a classifier is tested when it is loaded."""
+"""Texts of different lengths with which a classifier is tested when it is loaded."""
 
 FALLBACK_SLOTS = 4
 """Sequences that take turns in the fallback: they only share time, so few are enough."""
@@ -81,11 +81,11 @@ class ServedModel(BatchModel):
         self.embedder = None if writes_not else Embedder(loaded)
         if self.classifier is not None:
             self.serial = self.classifier.serial
-        #: The batch scheduler, if there is one: it is `runner` or a part of it.
+        #: The batch scheduler, if there is one: `runner` itself or a part of it.
         self.slot_runner: SlotRunner | None = None
-        #: Sequences of so many tokens do not fit into it; 0: of any number do.
+        #: Sequences of this many tokens or more cannot be batched; 0 if there is no such limit.
         self._batch_tokens = 0
-        #: Tokens of questions that are computed behind one state; 0: each by itself.
+        #: Tokens of questions that share one prefill of their state; 0 if each has its own.
         self._branch_tokens = 0
         self._decisions = self._decision_makers()
         if loaded.head is not None or not loaded.embedding_only:
@@ -94,7 +94,7 @@ class ServedModel(BatchModel):
         loaded.reference = None
 
     def kinds(self) -> tuple[Kind, ...]:
-        """All kinds, or, without an output head, those that generate nothing; or decide alone."""
+        """The kinds of request that this model answers."""
         if self.loaded.head is not None:
             return (Kind.DECIDE,)
         missing = {Kind.CHAT, Kind.COMPLETE} if self.loaded.embedding_only else set()
@@ -109,7 +109,8 @@ class ServedModel(BatchModel):
         return tuple(kind for kind in Kind if kind not in missing)
 
     def prepare(self, job: Job, added_at: float) -> Prepared:
-        """Make a job ready, in a preprocessing thread. Raises RequestError."""
+        """Prepare a job: templates, tokens, images. Runs in a preprocessing thread. Raises
+        `RequestError`."""
         if self.loaded.head is not None and job.request.kind is not Kind.DECIDE:
             raise _invalid(
                 f"model {job.request.model} only decides: it answers requests of kind decide "
@@ -118,7 +119,8 @@ class ServedModel(BatchModel):
         return super().prepare(job, added_at)
 
     def _decision_makers(self) -> dict[str | None, DecisionMaker]:
-        """What makes decisions, for the model (None) and for adapters with texts of their own."""
+        """Decision makers by adapter: one for the model itself (None), and one for each adapter
+        with its own tokenizer or template. Empty if the model cannot decide."""
         config = decision_config(self.loaded)
         if config is None:
             return {}
@@ -140,16 +142,16 @@ class ServedModel(BatchModel):
         super().remove_adapter(name)
         self._decisions.pop(name, None)
         if self.slot_runner is not None:
-            # Another adapter may come under its name.
+            # Another adapter may be loaded under the same name.
             self.slot_runner.rows.prefix.forget(name)
 
     def decision(self, job: Job) -> Prepared:
-        """The decisions that a job asks for. Raises RequestError."""
+        """The decisions that a job asks for. Raises `RequestError`."""
         request = job.request
         maker = self._decisions.get(request.model) or self._decisions.get(None)
         if maker is None:
             raise _invalid(
-                f"model {request.model} cannot decide: that takes a decision model, or one with a "
+                f"model {request.model} cannot decide: that needs a decision model, or one with a "
                 "chat template and transformers 5.24 or newer"
             )
         prompts = maker.prompts(job)
@@ -163,7 +165,7 @@ class ServedModel(BatchModel):
         return Decision(maker, job.request_id, prompts, adapter, self._branch_tokens)
 
     def embedding(self, job: Job) -> BatchedTask[list[int]]:
-        """The embedding that a job asks for. Raises RequestError."""
+        """The embeddings that a job asks for. Raises `RequestError`."""
         request = job.request
         if self.embedder is None:
             raise _invalid(f"model {request.model} only classifies: it answers classify and rerank")
@@ -183,19 +185,19 @@ class ServedModel(BatchModel):
         )
 
     def classification(self, job: Job) -> BatchedTask[Encoded]:
-        """The scores that a rerank or classify job asks for. Raises RequestError."""
+        """The scores that a rerank or classify job asks for. Raises `RequestError`."""
         request, kind = job.request, job.request.kind.value
         classifier = self.classifier
         if classifier is None:
             raise _invalid(
-                f"model {request.model} cannot {kind}: that takes a sequence classifier "
+                f"model {request.model} cannot {kind}: that needs a sequence classifier "
                 "(XForSequenceClassification in its config.json)"
             )
         labels = len(classifier.labels)
         if request.kind is Kind.RERANK and labels != 1:
             raise _invalid(
-                f"model {request.model} cannot rerank: it has {labels} labels, and that takes a "
-                "cross-encoder with one; classify takes it"
+                f"model {request.model} cannot rerank: that needs a cross-encoder with one label, "
+                f"and it has {labels}; use classify instead"
             )
         if request.pairs is None and request.inputs is None:
             raise _invalid(f"a {kind} request needs pairs or inputs")
@@ -230,9 +232,8 @@ class ServedModel(BatchModel):
         if verdict.forward is None:
             if settings.kv_cache_dtype == "int8":
                 raise EngineLoadError(
-                    f"{self.names[0]}: kv_cache_dtype=int8 is how slots hold keys and values, and "
-                    f"it cannot be served from slots: {verdict.reason}; omit --engine-arg "
-                    "kv_cache_dtype"
+                    f"{self.names[0]}: kv_cache_dtype=int8 needs slots, and this model cannot be "
+                    f"served from slots: {verdict.reason}; omit --engine-arg kv_cache_dtype"
                 )
             if settings.scheduler == "slots":
                 raise EngineLoadError(
@@ -252,7 +253,7 @@ class ServedModel(BatchModel):
             self.scheduler = "slots, whole images"
         chunk = settings.prefill_chunk or (512 if loaded.device.type == "cpu" else 1024)
         if verdict.forward.branches and not verdict.whole_prompts:
-            # More would only attend to more that is masked.
+            # With more, the branches would mostly compute attention that is masked out.
             self._branch_tokens = min(2 * chunk, 512 if loaded.device.type == "cpu" else 2048)
         self.slot_runner = SlotRunner(
             verdict.forward,
@@ -282,14 +283,14 @@ class ServedModel(BatchModel):
             return None
         if not forward.verifies:
             log.info(
-                "%s: answers are not drafted (speculate=off): with several tokens of a row in a "
-                "step its logits differ",
+                "%s: answers are not drafted (speculate=off): its logits differ when a step "
+                "computes several tokens of a row",
                 self.names[0],
             )
             return None
         longest = loaded.context_tokens
         if loaded.rope is not None:
-            # A forward with a later position has other frequencies.
+            # A forward that contains a later position uses other frequencies for all of them.
             longest = min(longest, loaded.rope.unchanged_tokens - 2)
         model = None
         if self._draft is not None:
@@ -306,8 +307,8 @@ class ServedModel(BatchModel):
         )
 
     def _image_prompt(self) -> Prompt | None:
-        """A prompt with an image for the self test; None if the model's processor cannot make one
-        from a plain question."""
+        """A prompt with an image for the self test; None if the model's processor makes none of a
+        plain question."""
         data = io.BytesIO()
         image = Image.new("RGB", (96, 64), (200, 60, 30))
         image.paste((20, 90, 220), (10, 10, 50, 40))

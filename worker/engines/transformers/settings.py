@@ -22,22 +22,23 @@ class EngineSettings(SharedSettings):
     #: Prompt tokens computed in one step; 0: 512 on a CPU, 1024 elsewhere. Larger chunks increase
     #: the time between tokens of running streams, smaller ones the time to first token.
     prefill_chunk: int = 0
-    #: Longest time, milliseconds, that prompts may add to a step while streams are running; the
-    #: chunk shrinks to meet it. The engine's own time: of its thread's CPU, or on the device.
+    #: Longest time, in milliseconds, that prefill may add to a step while streams are running;
+    #: chunks shrink to meet it. Measured as CPU time of the engine's thread, or on the device.
     stall_ms: float = 200.0
-    #: Longest time, milliseconds, of the prompts in a step while no streams are running: so late a
-    #: cancellation, or another model of this worker, may have its turn.
+    #: Longest time, in milliseconds, that prefill may take in a step while no streams are running:
+    #: a cancellation, or another model of this worker, may have to wait that long.
     idle_ms: float = 1000.0
-    #: Tokens in the key/value cache, over all rows; 0: as many as fit into `memory_share`.
+    #: Tokens in the KV cache, over all rows; 0: as many as fit into `memory_share`.
     kv_tokens: int = 0
-    #: Fraction of the memory free after loading that keys, values and prefixes may take; 0: 0.8 of
-    #: an accelerator's, 0.4 of a host's, which other programs use too.
+    #: Fraction of the memory that is free after loading that the KV cache and the prefix cache may
+    #: take; 0: 0.8 on an accelerator, 0.4 on a host, whose memory other programs use too.
     memory_share: float = 0.0
-    #: What keys and values are held in: "auto": the model's dtype; "int8": 8 bits, by token and
-    #: head, about half of the memory (of float32 a quarter) for slightly different answers.
+    #: How the KV cache is stored: "auto": in the model's dtype; "int8": in 8 bits with a scale for
+    #: each token and head, which takes about half of the memory of bfloat16 and a quarter of
+    #: float32, for slightly different answers.
     kv_cache_dtype: str = "auto"
     #: Tokens of finished prompts and answers kept in the prefix cache; -1: a quarter of what fits,
-    #: on a host at most 1 GiB; 0: none.
+    #: and on a host at most 1 GiB; 0: none.
     prefix_tokens: int = -1
     #: "auto", "eager", "sdpa", "flash_attention_2", ...: passed to transformers.
     attention: str = "auto"
@@ -47,25 +48,25 @@ class EngineSettings(SharedSettings):
     #: Whether the host emits one token while the device computes the next: "auto" (on an
     #: accelerator), "on", "off".
     overlap: str = "auto"
-    #: "auto", on a CPU: decoder layers of few operators where the model's are of a known form, and
-    #: weights in oneDNN's order if products are then faster; "on": both in any case, the layers
-    #: elsewhere too; "off": the model as transformers has it.
+    #: "auto": on a CPU, fused decoder layers for model classes that are known, and weights packed
+    #: for oneDNN if that makes products faster; "on": both unconditionally, and fused layers on
+    #: other devices too; "off": transformers' own layers.
     fused: str = "auto"
-    #: Whether answers are drafted and the drafts verified, several tokens in a step: "auto" and
-    #: "ngram": by look-up in prompt and answer, where it pays; "off".
+    #: Speculative decoding, which verifies several drafted tokens in a step: "auto" and "ngram":
+    #: drafts by look-up in prompt and answer, where that pays; "off".
     speculate: str = "auto"
-    #: Threads of one torch operation on a CPU; 0: torch's own choice.
+    #: Threads for one torch operation on a CPU; 0: torch's own choice.
     threads: int = 0
-    #: Load only safetensors: pickled weights run code.
+    #: Whether only safetensors are loaded: pickled weights can run code.
     safetensors_only: bool = True
-    #: Memory for weights, "0=20GiB,cpu=64GiB"; empty: accelerate's own choice.
+    #: Memory for weights by device, "0=20GiB,cpu=64GiB"; empty: accelerate's own choice.
     max_memory: str = ""
     #: PEFT adapters served alongside their base: "name=path,name=path" (first model only).
     adapters: str = ""
-    #: A folder of PEFT adapters, each in a folder named like it, that are loaded on demand and
-    #: unloaded while the first model runs; empty: none.
+    #: A folder of PEFT adapters for the first model, each in a subfolder with the adapter's name,
+    #: that are loaded on demand and unloaded again while the model runs; empty: none.
     adapters_folder: str = ""
-    #: So many of these are loaded at once; the least recently used gives way.
+    #: How many of these may be loaded at once; the least recently used one is unloaded first.
     adapters_loaded: int = 16
 
 
@@ -90,8 +91,8 @@ _MINIMUM: dict[str, float] = {
 
 
 def parse_settings(engine_args: Mapping[str, str]) -> EngineSettings:
-    """Parse `--engine-arg` values into settings. Raises `EngineLoadError` for an unknown name or
-    a bad value."""
+    """Parse `--engine-arg` values into settings. Raises `EngineLoadError` for an unknown name or a
+    bad value."""
     return settings_from(
         engine_args, EngineSettings, "transformers", choices=_CHOICES, minimum=_MINIMUM
     )

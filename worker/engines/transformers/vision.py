@@ -1,9 +1,9 @@
-"""The vision tower apart from the language model: images are computed one by one, each as a step of
-its own, and their tokens are then prefilled in pieces like any others.
+"""Runs the vision tower apart from the language model: images are computed one by one, each as a
+step of its own, and their tokens are then prefilled in pieces like any others.
 
-transformers' models take what their tower made before (`mm_encoder_outputs`) and put it where the
-image's placeholders are. Here a piece of a prompt gets the part for its own placeholders. Which
-models this is exact for, the self test finds out. Must never schedule.
+transformers' models accept features that their tower has computed before (`mm_encoder_outputs`),
+and put them where the image's placeholders are. A piece of a prompt gets the features for its own
+placeholders. The self test decides for which models this is exact. Must never schedule.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from worker.engines.transformers.loaded import LoadedModel
 __all__ = ["ImageFeatures", "Vision", "doubled"]
 
 GIVEN = "mm_encoder_outputs"
-"""The argument of a model's forward for what its tower made."""
+"""The argument of a model's forward for features that its tower has computed."""
 
 
 @dataclass(slots=True)
 class ImageFeatures:
-    """The images of a prompt, of which some are computed."""
+    """The images of a prompt, some of which are computed."""
 
     #: The tower's inputs for the images that are still to be computed, in order.
     left: list[dict[str, Any]]
-    #: [tokens, width] for each part that is computed; the same for each deepstack layer.
+    #: Features [tokens, width] of each computed part; the same for each deepstack layer.
     done: list[torch.Tensor] = field(default_factory=list)
     deep: list[list[torch.Tensor]] = field(default_factory=list)
-    #: The class of the tower's output, and whether it lists its images.
+    #: The class of the tower's output, and whether it is a list with an item for each image.
     kind: Any = None
     listed: bool = False
 
@@ -43,7 +43,7 @@ class ImageFeatures:
         return not self.left
 
     def joined(self) -> None:
-        """Make one tensor of all parts."""
+        """Join all parts into one tensor."""
         self.done = [torch.cat(self.done)]
         self.deep = [[torch.cat(layer)] for layer in self.deep]
 
@@ -61,7 +61,7 @@ class Vision:
 
     @classmethod
     def find(cls, loaded: LoadedModel) -> Vision | None:
-        """The tower of a model whose forward takes its output, else None."""
+        """The tower of a model whose forward accepts its output; else None."""
         model = loaded.model
         config = model.config
         token_id = getattr(config, "image_token_id", None)
@@ -72,8 +72,8 @@ class Vision:
         return None
 
     def begin(self, prompt: Prompt) -> ImageFeatures | None:
-        """The images of a prompt, none of them computed; None where the tower does not know one of
-        its inputs."""
+        """The images of a prompt, none of them computed yet; None if it has none, or has inputs
+        that the tower does not take."""
         if not prompt.media or prompt.media.keys() - self._takes:
             return None
         return ImageFeatures(_split(prompt.media) if self.splits else [prompt.media])
@@ -110,12 +110,12 @@ class Vision:
         return {GIVEN: {"image": images.kind(**given)}}
 
     def fits(self, prompt: Prompt, images: ImageFeatures) -> bool:
-        """Whether what was computed has a row for each of the prompt's placeholders."""
+        """Whether the computed features have a row for each of the prompt's placeholders."""
         return sum(map(len, images.done)) == prompt.ids.count(self._token_id)
 
 
 def doubled(media: dict[str, Any]) -> dict[str, Any] | None:
-    """The same images twice, as a processor would give them; None where that is not known."""
+    """The same images twice, as a processor would return them; None if it is not known how."""
     axis = _axis(media)
     if axis is None:
         return None
@@ -127,7 +127,7 @@ def _takes_given(model: Any) -> bool:
 
 
 def _flat(features: Any) -> torch.Tensor:
-    """[tokens, width] of the images' features."""
+    """The features of images, flattened to [tokens, width]."""
     if isinstance(features, list | tuple):
         return torch.cat([each.flatten(0, -2) for each in features])
     flat: torch.Tensor = features.flatten(0, -2)
@@ -135,7 +135,7 @@ def _flat(features: Any) -> torch.Tensor:
 
 
 def _axis(media: dict[str, Any]) -> int | None:
-    """The axis of all tensors along which a processor lays one image behind the other."""
+    """The axis along which a processor concatenates images in all tensors; None if unknown."""
     values = list(media.values())
     if not all(isinstance(value, torch.Tensor) and value.dim() for value in values):
         return None
@@ -143,13 +143,13 @@ def _axis(media: dict[str, Any]) -> int | None:
         return 0 if media.keys() == {"pixel_values", "image_grid_thw"} else None
     pixels = media["pixel_values"]
     if media.keys() <= {"pixel_values", "pixel_attention_mask"} and pixels.dim() == 5:
-        # One prompt, its images and their tiles, each an image of its own.
+        # [prompts, tiles, channels, height, width]: each tile is an image of its own.
         return 1 if pixels.shape[0] == 1 else None
     return 0 if len({value.shape[0] for value in values}) == 1 else None
 
 
 def _split(media: dict[str, Any]) -> list[dict[str, Any]]:
-    """The images one by one, in order."""
+    """The inputs of each image, in order; in one part if they cannot be separated."""
     axis = _axis(media)
     if axis is None:
         return [media]
