@@ -147,14 +147,14 @@ def parser() -> argparse.ArgumentParser:
         "--models-memory",
         type=option_values.size,
         metavar="SIZE",
-        help="with --models: as many are loaded at once as fit into this memory (20GiB, 8e9), the "
-        "least recently used give way [one at a time]",
+        help="with --models: keep as many loaded as fit into this memory (20GiB, 8e9); the least "
+        "recently used are unloaded first [one at a time]",
     )
     models.add_argument(
         "--unload-idle-s",
         type=option_values.positive,
         metavar="S",
-        help="with --models: unload a model that nobody asked for so long [never]",
+        help="with --models: unload a model that nobody has used for this long [never]",
     )
     models.add_argument(
         "--model-base", metavar="PATH", help="base model of an adapter or a projector"
@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--reasoning-parser",
         metavar="NAME|none",
-        help="how the models mark their thoughts, which come apart from what they say: "
+        help="how the models mark their reasoning, which is sent apart from the answer: "
         f"{', '.join(parser_names())} [as each model shows]",
     )
 
@@ -205,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
         "--draft-model",
         metavar="FOLDER",
         help="small model with the same vocabulary that drafts answers, which the model verifies: "
-        "several tokens in a step, and every answer as without it (--engine transformers) [none]",
+        "several tokens in a step, and the same answers (--engine transformers) [none]",
     )
     engine.add_argument(
         "--limit-model-concurrency",
@@ -443,7 +443,7 @@ def _invitation(values: dict[str, Any]) -> Invitation | None:
     if values["join"] is None:
         return None
     if values["server_key"] is not None or values["key"] is not None:
-        raise ConfigError("--join holds the keys: give no --server-key and no --key beside it")
+        raise ConfigError("--join holds the keys: omit --server-key and --key")
     try:
         return read(values["join"], "worker")
     except InvitationError as error:
@@ -465,13 +465,13 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
                 "--models and --model-path exclude each other: the first loads one model at a time"
             )
         if values["engine"] == "openai":
-            raise ConfigError("--models: the server before --engine openai loads its models itself")
+            raise ConfigError("--models: the server behind --engine openai loads its models itself")
         try:
             paths = option_values.models_in(values["models"])
         except ValueError as error:
             raise ConfigError(str(error)) from None
     elif values["models_memory"]:
-        raise ConfigError("--models-memory needs --models: it is the memory of those")
+        raise ConfigError("--models-memory needs --models: it limits the memory of those models")
     if values["load_8bit"] and values["load_4bit"]:
         raise ConfigError("--load-8bit and --load-4bit exclude each other")
     if values["draft_model"] and values["engine"] in {*registry.BUILT_IN} - {"transformers"}:

@@ -32,14 +32,14 @@ class Account:
     )
 
     def __init__(self) -> None:
-        #: Granted, as last told, and spent by the broker.
+        #: Credit granted, the figure last sent to the broker, and credit that the broker has spent.
         self.granted = 0
         self.announced = 0
         self.assigned = 0
-        #: Requests that wait at the broker for this worker, by its latest word.
+        #: Requests that wait at the broker for this worker, as it last reported.
         self.waiting = 0
-        #: Credit that the broker was asked to give back, as last told, as far as it has answered,
-        #: and what it gave.
+        #: Credit that the broker is to give back, the figure last sent to it, the figure that it
+        #: last answered, and what it has given back.
         self.recalled = 0
         self._recalled_told = 0
         self.answered = 0
@@ -61,16 +61,16 @@ class Account:
 
     @property
     def untold(self) -> bool:
-        """The broker does not know yet what it is granted, or what it shall give back."""
+        """Whether the broker has not been told yet what it is granted, or is to give back."""
         return self.announced != self.granted or self._recalled_told != self.recalled
 
     def announce(self) -> int:
-        """What is granted, for a message that tells it."""
+        """The credit granted, for a message that reports it."""
         self.announced = self.granted
         return self.granted
 
     def ask_back(self) -> int:
-        """What is to be given back, for a message that tells it."""
+        """The credit to be given back, for a message that asks for it."""
         self._recalled_told = self.recalled
         return self.recalled
 
@@ -99,8 +99,8 @@ class CreditPool:
             taker.granted_order = self._grants
 
     def spent(self, account: Account) -> bool:
-        """ASSIGN came; the broker counts what waits there in the same way. False where it had no
-        credit left: its count is kept in step, but no slot stands behind."""
+        """ASSIGN came; the broker counts what waits there in the same way. Returns False if it had
+        no credit left: then it is counted, but there is no slot for it."""
         covered = account.unused > 0
         account.granted += not covered
         self._assigns += 1

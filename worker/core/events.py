@@ -30,7 +30,7 @@ class Disconnected:
 
     broker: int
     reason: str
-    #: Whether somebody is there but does not let us in: a wrong key, or CURVE on one side only.
+    #: Whether somebody answers but refuses us: a wrong key, or CURVE on one side only.
     refused: bool = False
 
 

@@ -1,5 +1,5 @@
-"""What a worker says of its models, in HELLO and HEARTBEAT: which it offers, how far a load is, and
-what could not be loaded and why. Must never decide what is loaded.
+"""What a worker says of its models, in HELLO and HEARTBEAT: which it offers, the progress of a
+load, and what could not be loaded and why. Must never decide what is loaded.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _CAUSE_CHARACTERS = 500
 
 
 class Offer:
-    """What the engine can do, as it last said."""
+    """What the engine can do, as it last reported."""
 
     def __init__(self, models: Sequence[str]) -> None:
         """`models`: their names, as far as known before the engine is loaded."""
         #: None while no engine is loaded.
         self.capabilities: Capabilities | None = None
-        #: What it served last: an engine that is started anew will serve it again.
+        #: What it served last: the engine will serve it again once it is restarted.
         self._last_models = [ModelInfo(name=name) for name in models]
         #: Models that are not offered because they could not be loaded.
         self._failed: tuple[FailedLoad, ...] = ()
@@ -63,8 +63,8 @@ class Offer:
         self.capabilities, self._progress, self._note = None, None, ""
 
     def given_up(self, cause: str) -> bool:
-        """The worker leaves; whether that is to be told first, because its engine never was ready:
-        who waits for its models waits in vain."""
+        """The worker leaves. Returns whether brokers must be told why first: if its engine has
+        never been ready, requests for its models wait in vain."""
         if self._was_ready:
             return False
         self._failed = tuple(FailedLoad(model.name, cause) for model in self._last_models)
@@ -94,7 +94,8 @@ class Offer:
         ]
 
     def progress(self, *, loading: bool) -> float | None:
-        """How far a load is. `loading`: the whole worker is."""
+        """The progress of a load, 0 to 1; None if nothing is loaded or it is unknown. `loading`:
+        the whole worker is."""
         return self._progress if loading or self._loads else None
 
     def note(self, *, loading: bool) -> str:

@@ -99,7 +99,7 @@ class Requests:
         return [
             Held(s.request_id, s.epoch, len(s.token_ids), s.running)
             for s in self.streams.values()
-            if not s.cancelled  # given up: what is left of it is no answer
+            if not s.cancelled  # given up: what is left of it is not an answer
         ]
 
     def orphans(self) -> int:
@@ -246,7 +246,7 @@ class Requests:
             resume.text_characters,
             resume.prompt_seen,
         )
-        # Who looks for calls in the text may stop at one, and counts the tokens until there.
+        # A client that looks for calls in the text may stop at one, and counts the tokens up to it.
         stream.joins = not request.tools
         connection.held.discard(stream.request_id)
         stream.ttl_until_s = math.inf
@@ -388,7 +388,7 @@ class Requests:
                     self._slotless.add(stream.job_id)
         elif not stream.end_sent and stream.end is not None:
             # It ended, but the window holds the rest back, which nobody wants any more.
-            # No run that comes later may go on from what is cut here.
+            # No later run may continue from what is cut here.
             stream.cancelled = True
             stream.cut()
             stream.end = (END, "cancelled", "", _usage(stream.end), {})
@@ -482,9 +482,9 @@ class Requests:
                 and not route.connection.blocked
                 and (stream.shows_kinds or not stream.split or pieces)
             ):
-                # Nothing is held back, so the event is passed on unchanged. Where this process is
+                # Nothing is held back, so the event is passed on unchanged. If this process is
                 # behind and reads several steps at once, a stream's tokens become one event, which
-                # spares all who come after.
+                # saves work for everyone downstream.
                 tokens += ids
                 stream.ends.append(count)
                 stream.sent = count

@@ -271,7 +271,7 @@ class WorkerCore:
             self._out.append(Send(connection.index, goodbye))
 
     def _beat(self, connection: Connection, now_s: float, *, tell: bool = False) -> None:
-        """`tell`: the models too, in any case."""
+        """Send a HEARTBEAT. `tell`: with the models, even if they have not changed."""
         busy = self._requests.engine_busy
         loading = self._state is WorkerState.LOADING
         capabilities = self._offer.capabilities
@@ -401,14 +401,14 @@ class WorkerCore:
                 self._reject(connection, request_id, ErrorCode.DUPLICATE_REQUEST, message, now_s)
                 return
             if stream.cancelled:
-                # It was moved away, and now it comes back: what is left of that run is no answer.
+                # It was moved away and now comes back: what is left of that run is not an answer.
                 requests.drop_cancelled(connection, stream)
             elif not stream.retryable and requests.resume(
                 connection, stream, assign, request, now_s
             ):
                 return
             else:
-                # What is held here is not what this client has: it is run on from that.
+                # What is held here is not what this client has: run it again from what it has.
                 renounced = requests.renounce(connection, stream)
         if not renounced:
             refusal = self._refusal(assign, beyond, request.model)
@@ -463,8 +463,8 @@ class WorkerCore:
             self._credit.distribute(slots)
 
     def _settle(self, now_s: float) -> None:
-        """After every event: grant free slots, send what is ready, leave once
-        everything is done."""
+        """After every event: grant free slots, send what is ready, leave once everything is
+        done."""
         if self._exited:
             return
         self._distribute(now_s)
@@ -515,7 +515,7 @@ class WorkerCore:
             self._drain(reason, self._settings.drain_s, now_s)
 
     def _end_known(self, ends_s: float, why: str, now_s: float) -> None:
-        """Tell all brokers, which move what would not be over by then."""
+        """Tell all brokers, which then move requests that would not end in time."""
         self._ends_s, self._end_why = ends_s, why[:200]
         known = ends_s < math.inf
         fields: dict[str, Any] = {"cause": why}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CONTENT: Final = PieceKind.CONTENT.value
 _RUNS: Final = (CONTENT, PieceKind.REASONING.value, PieceKind.ARGUMENTS.value)
-"""Kinds of which neighbouring pieces are one."""
+"""Kinds of pieces that are joined when they are adjacent."""
 
 COALESCED_TOKENS: Final = 4096
 """Longest TOKENS event made when catching up: far below MAX_OUTPUT_BYTES at 5 bytes per token."""
@@ -49,7 +49,7 @@ class Route:
         self.flagged = prefix(MessageType.OUTPUT, reply_to, Flag.LEDGER)
         #: Events of the message being assembled; empty between two calls of the core.
         self.events: list[Any] = []
-        #: Counts the messages, so that a stream knows whether its latest event still waits in this.
+        #: Counts messages, so that a stream knows whether its latest event is still in this one.
         self.batch = 0
         self.started: list[bytes] = []
         self.finished: list[Any] = []
@@ -365,12 +365,12 @@ class Stream:
 
 
 def _characters(text: str | list[Any]) -> int:
-    """Of a text, or of one in pieces."""
+    """Number of characters of a text, whole or in pieces."""
     return len(text) if isinstance(text, str) else sum(len(piece[1]) for piece in text)
 
 
 def _joined(texts: list[Any], skip: int) -> list[Any]:
-    """The pieces of texts behind the first `skip` characters."""
+    """The pieces of texts after the first `skip` characters."""
     joined: list[Any] = []
     for text in texts:
         for kind, said, *more in [(CONTENT, text)] if isinstance(text, str) else text:

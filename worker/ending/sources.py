@@ -1,4 +1,4 @@
-"""Who may know when this machine or job ends: Slurm, the clouds' metadata services, a command.
+"""Sources that may know when this machine or job ends: Slurm, clouds' metadata services, a command.
 
 A source is asked again and again, from a thread of its own (`watch`), and answers with a time or
 None. It may wait for seconds and may raise; it must never touch the bus.
@@ -23,34 +23,34 @@ from typing import Final, Protocol
 from worker.ending import times
 
 ANSWER_S: Final = 5.0
-"""For one answer of a metadata service or command; they are on this machine."""
+"""Time limit for one answer of a metadata service or command, which are on this machine."""
 SLURM_S: Final = 60.0
-"""Between two looks at the job's limit, which an administrator may change: the controller serves
-the whole cluster."""
+"""Interval between looks at the job's limit, which an administrator may change. Not shorter, since
+the controller serves the whole cluster."""
 NOTICE_S: Final = 5.0
-"""Between two looks for a spot notice: AWS recommends it; the shortest notice is 30 s."""
+"""Interval between looks for a spot notice, as AWS recommends; the shortest notice is 30 s."""
 GOOGLE_NOTICE_S: Final = 30.0
 _NO_END: Final = ("", "N/A", "NONE", "UNLIMITED", "UNKNOWN")
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """When it will be gone, Unix time, and why, for people."""
+    """When this machine or job will be gone (Unix time), and why, for people."""
 
     at: float
     why: str
 
 
 class Source(Protocol):
-    """One that may know."""
+    """A source that may know the end."""
 
     @property
     def name(self) -> str:
-        """For the log."""
+        """Its name in the log."""
 
     @property
     def every_s(self) -> float:
-        """Between two questions."""
+        """Interval between two questions."""
 
     def ask(self) -> Ending | None:
         """What it knows now. Raises SourceError if it cannot be asked."""
@@ -174,7 +174,7 @@ class Gcp(_Metadata):
     """Compute Engine: `preempted` turns TRUE, and the machine is stopped 30 s later."""
 
     name = "gcp"
-    every_s = 1.0  # of 30 s, none is to be lost
+    every_s = 1.0  # the notice is 30 s long, and none of it should be lost
 
     def __init__(self, address: str = "http://metadata.google.internal") -> None:
         super().__init__(address)
@@ -224,7 +224,8 @@ class Azure(_Metadata):
         return min(ends, key=lambda ending: ending.at, default=None)
 
     def _time(self, event: dict[str, str]) -> float:
-        """Unix time; an event that has started names none, and may strike at once."""
+        """When an event takes place, Unix time. One that has started names no time, and may take
+        effect at once."""
         if event.get("NotBefore"):
             at = parsedate_to_datetime(event["NotBefore"])
             return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()

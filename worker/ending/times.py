@@ -1,5 +1,4 @@
-"""Times and durations as people and schedulers write them. Local time where no zone
-stands."""
+"""Times and durations as people and schedulers write them. Times without a zone are local."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ def point(text: str, now: datetime) -> float:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
         raise ValueError(
-            f"{text!r} is no time: write 21:00, 2026-11-30T21:00 or seconds since 1970"
+            f"{text!r} is not a time: write 21:00, 2026-11-30T21:00 or seconds since 1970"
         ) from None
 
 
@@ -51,4 +50,4 @@ def length(text: str) -> float:
         if slurm[4] is None and slurm[1] is None:
             return first * 60.0 + second  # minutes and seconds
         return days * 86400.0 + first * 3600.0 + second * 60.0 + third
-    raise ValueError(f"{text!r} is no duration: write 90s, 15m, 2h, 1d or 1:30:00")
+    raise ValueError(f"{text!r} is not a duration: write 90s, 15m, 2h, 1d or 1:30:00")

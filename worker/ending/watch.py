@@ -17,7 +17,8 @@ from worker.ending.sources import Ending, Source, SourceError
 log = logging.getLogger(__name__)
 
 SAME_S: Final = 0.5
-"""Two times that differ by less are one: sources round, and clocks are read one after another."""
+"""Times that differ by less are considered equal: sources round, and clocks are read one after
+another."""
 
 
 class EndWatch:
@@ -34,7 +35,7 @@ class EndWatch:
         self._thread = threading.Thread(target=self._run, name="end-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to ask. Without sources there is nothing to do."""
+        """Start asking; does nothing without sources."""
         if self._sources:
             self._thread.start()
 
@@ -51,7 +52,7 @@ class EndWatch:
         return news
 
     def close(self) -> None:
-        """Ask no more. A question under way is not waited for."""
+        """Stop asking. A question that is under way is not waited for."""
         self._stop.set()
         self._bell.close()
 

@@ -1,5 +1,5 @@
-"""The contract between the engine process and an engine: `add`, `cancel`, `step`, and a
-record of capabilities.
+"""The contract between the engine process and an engine: `add`, `cancel`, `step`, and a record of
+capabilities.
 
 An engine knows nothing of sockets, sessions, credit, epochs or offsets: it is given jobs, it is
 stepped, and each step returns new events. It runs in the engine process, called by a single thread;
@@ -11,8 +11,8 @@ Rules that every engine must keep:
 * `add` never blocks for long and never raises for a bad job: `step` returns a `Failed` for it.
 * `cancel` takes effect within one step and is answered with `Ended(CANCELLED)`; for an unknown id
   it does nothing.
-* A failure of one job (bad image, failing template, NaN logits, out of memory) affects
-  only that job.
+* A failure of one job (bad image, failing template, NaN logits, out of memory) affects only that
+  job.
 * An exception raised by `step` means that the engine is broken: the supervisor starts a new one.
 """
 
@@ -38,8 +38,8 @@ from broker.protocol.messages import (
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Options of `python -m worker` that concern an engine. Plain data, since it is sent
-    to another process."""
+    """Options of `python -m worker` that concern an engine. Plain data, since it is sent to another
+    process."""
 
     engine: str = "transformers"
     #: Local folders or hub ids, one for each model served; empty for the bundled demo model.
@@ -113,8 +113,8 @@ _HALF_CHARACTER: Final = 4
 
 
 def check_received(received: int, possible: int) -> None:
-    """Raise RequestError where a client claims more characters than the tokens before its RESUME
-    have: the text to come would be cut by the difference, without a word."""
+    """Raise `RequestError` if a client claims more characters than the tokens before its RESUME
+    have: the text to come would silently be cut by the difference."""
     if received > possible + _HALF_CHARACTER:
         raise RequestError(
             ErrorCode.INVALID_REQUEST,
@@ -175,8 +175,8 @@ class Failed(Struct, frozen=True, array_like=True, tag=2):
 
 
 class PromptFacts(Struct, frozen=True, array_like=True, tag=3):
-    """Sent once, before the first `Tokens` of a job with `echo`, `prompt_logprobs`
-    `keep_special` or `prompt_usage`."""
+    """Sent once, before the first `Tokens` of a job with `echo`, `prompt_logprobs`, `keep_special`
+    or `prompt_usage`."""
 
     request_id: bytes
     #: Empty unless `echo` or `prompt_logprobs` was requested.
@@ -208,8 +208,8 @@ class Engine(Protocol):
         """Stop a job; the next step answers with `Ended(CANCELLED)`."""
 
     def step(self) -> list[EngineEvent]:
-        """Do one unit of work (a prefill chunk and one decode for everyone) and return
-        the new events.
+        """Do one unit of work (a prefill chunk and one decode for everyone) and return the new
+        events.
 
         Called only while `busy`. May wait a few milliseconds if the only work is in its own
         preprocessing threads, never longer.
@@ -220,9 +220,9 @@ class Engine(Protocol):
         """Whether there is work for `step`."""
 
     def metrics(self) -> dict[str, float]:
-        """Statistics for the heartbeat: running, waiting, tokens_per_s, ttft_ms,
-        batch, kv_used_tokens, kv_total_tokens, memory_used_bytes, ... Cheap: called
-        about once a second."""
+        """Statistics for the heartbeat: running, waiting, tokens_per_s, ttft_ms, batch,
+        kv_used_tokens, kv_total_tokens, memory_used_bytes, ... Must be cheap: it is called about
+        once a second."""
 
     def close(self) -> None:
         """Release threads and memory. The engine is not used after this."""
@@ -236,8 +236,8 @@ EngineFactory = Callable[[EngineOptions, Progress], Engine]
 
 
 class EngineGone(Exception):
-    """What the engine drives is gone, through no fault of its own; the message says why, in one
-    line. Raised by `step` and `metrics`; the engine is built anew."""
+    """What the engine drives is gone, through no fault of the engine; the message says why, in one
+    line. Raised by `step` and `metrics`; the engine is then built again."""
 
 
 class EngineLoadError(Exception):

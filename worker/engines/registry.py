@@ -47,8 +47,8 @@ def names() -> list[str]:
 
 
 def announced(options: EngineOptions) -> tuple[str, ...]:
-    """Names that will be served once the engine is ready, adapters included: told while it loads,
-    so that requests for them wait."""
+    """Names that will be served once the engine is ready, adapters included. Brokers are told while
+    it loads, so that requests for them wait."""
     found = [name for group in options.model_names for name in group]
     if options.engine == "transformers":
         with contextlib.suppress(EngineLoadError):  # the engine says what is wrong with them

@@ -1,2 +1,2 @@
-"""The engine process, and how the link starts it, watches it and talks to it. Must
-never import zmq."""
+"""The engine process, and how the link starts it, watches it and talks to it. Must never import
+zmq."""

@@ -1,7 +1,7 @@
-"""What this process and those that it started occupy of the memory that models share.
+"""How much this process and its children occupy of the memory that models share.
 
-On a GPU that is its memory there, as NVML counts it by process, or else what torch has reserved; on
-a CPU resident memory. Reads, never allocates; must never import torch.
+On a GPU that is their GPU memory as NVML counts it by process, or else what torch has reserved; on
+a CPU it is resident memory. Reads, never allocates; must never import torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 __all__ = ["HeldMemory"]
 
 INTERVAL_S: Final = 2.0
-"""Between two measurements: looking for child processes takes milliseconds."""
+"""Interval between measurements: looking for child processes takes milliseconds."""
 
 
 class HeldMemory:

@@ -41,11 +41,11 @@ from worker.process.pipe import Pipe, PipeClosed
 
 METRICS_INTERVAL_S = 1.0
 EMPTY_MARK_INTERVAL_S = 0.05
-"""A step without events still tells the link that the engine is alive, but not more
-often than this."""
+"""A step without events still tells the link that the engine is alive, but not more often than
+this."""
 PROGRESS_INTERVAL_S = 0.1
 ADAPTER_LOOK_S = 0.02
-"""Between two looks at an adapter that is being read, while nothing else is to do."""
+"""Interval between looks at an adapter that is being read, while there is nothing else to do."""
 
 EXIT_UNUSABLE = 1
 EXIT_BROKEN = 70
@@ -113,8 +113,8 @@ def serve(engine: Engine, pipe: Pipe) -> None:
 
 
 def _print_traceback() -> None:
-    """Print the current traceback; ignore write errors (full disk), so that the link
-    is still told."""
+    """Print the current traceback; ignore write errors (full disk), so that the link is still
+    told."""
     with contextlib.suppress(OSError):
         traceback.print_exc()
 

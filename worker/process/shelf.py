@@ -32,28 +32,28 @@ from worker.process.supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 BYTES_PER_S = 500e6
-"""From a disk into memory; only until a load was measured."""
+"""Assumed speed of loading from a disk, until a load has been measured."""
 LEAST_LOAD_MS = 3000
-"""An engine process starts, whatever it loads."""
+"""The time that an engine process takes to start, whatever it loads."""
 HELD_BYTES = "memory_held_bytes"
 """The engine process's own measure of what it occupies."""
 TOLD_SHARE = 1 / 32
-"""A footprint that changed by less than this share of the budget since it was first measured is not
-told."""
+"""A footprint that has changed by less than this share of the budget since it was first measured is
+not reported."""
 STRIKES = 3
-"""A request that ran alone in so many engines that died is not run again: another model's engine
-lives on, so the broker sees no worker die."""
+"""A request is not run again after this many engines have died while they ran it alone. The broker
+cannot count these deaths, since the worker lives on with its other models."""
 REMEMBERED = 1000
-"""Requests whose engines died."""
+"""How many requests whose engines died are remembered."""
 FIRST_RETRY_S = 30.0
-"""How long a model that could not be loaded is not offered; it doubles with every load that fails
-again. What was wrong may have been mended, or be no more: another process had the memory."""
+"""How long a model that could not be loaded is not offered; it doubles each time that loading fails
+again. The cause may have been removed since, or have been another process that held the memory."""
 LONGEST_RETRY_S = 1800.0
 LATE_S = 1.0
 """A tick that comes later than this shows that the process was suspended."""
 STALL_SHARE = 0.9
-"""Of the time after which the core takes the whole worker for hung: one engine of several is
-restarted before."""
+"""Share of the time after which the core considers the whole worker hung: one engine of several is
+restarted earlier."""
 
 
 class _Asked(msgspec.Struct):
@@ -76,7 +76,7 @@ class _Entry:
     #: What it occupies: the most that was measured of its latest process, at first the size of its
     #: files.
     memory_bytes: int
-    #: The number that the brokers know.
+    #: The figure that was last reported to the brokers.
     told_bytes: int = 0
     #: Why it cannot be loaded; empty if it can, as far as is known.
     broken: str = ""
@@ -86,9 +86,9 @@ class _Entry:
     #: None: it is not loaded.
     engine: Supervisor | None = None
     ready: bool = False
-    #: Its process has died and is started again.
+    #: Whether its process has died and is being restarted.
     lost: bool = False
-    #: Since when it loads, has nothing to do, has finished no step.
+    #: Since when it has been loading, has had nothing to do, has finished no step.
     since_s: float = 0.0
     idle_since_s: float = math.inf
     mark_s: float = 0.0
@@ -251,9 +251,9 @@ class Shelf:
     # --- on demand --------------------------------------------------------------------------------
 
     def load(self, model: str, gives_way: Collection[str] = ()) -> None:
-        """Load a model in place of those that give way, and of what else it needs the memory of;
-        an empty name: unload those, or without names all. Nothing happens while a request runs on
-        one of them: the broker asks again."""
+        """Load a model in place of those that give way, and of others whose memory it needs. With
+        an empty name only unload those that give way, or all if none are named. Nothing happens
+        while a request runs on one of them: the broker asks again."""
         loaded = self._loaded()
         leaving = [e for e in loaded if any(e.serves(name) for name in gives_way)]
         entry = None
@@ -474,8 +474,8 @@ class Shelf:
         return came
 
     def _keep_budget(self) -> None:
-        """More is occupied than was thought: those without work go, the least recently used
-        first."""
+        """Unload models without work, the least recently used first, while more memory is occupied
+        than the budget allows."""
         idle = [e for e in self._loaded() if e.ready and not e.jobs]
         idle.sort(key=lambda e: e.idle_since_s)
         while idle and len(self._loaded()) > 1:
@@ -485,7 +485,7 @@ class Shelf:
             self._unload(idle.pop(0), f"{over} bytes over --models-memory")
 
     def _metrics(self) -> dict[str, float]:
-        """Of all engines: sums, and of the time to first token the longest."""
+        """Metrics of all engines: sums, and the longest time to first token."""
         total: dict[str, float] = {}
         for entry in self._loaded():
             for name, value in entry.metrics.items():

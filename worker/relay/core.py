@@ -51,10 +51,10 @@ KEPT_MODEL_S: Final = 10.0
 """How long a model stays offered, without a slot, after its last worker left: a broker that has
 just been restarted knows its workers only a moment later."""
 END_SAME_S: Final = 1.0
-"""An end of the lower bus that changes by less is not told again."""
+"""An end of the lower bus that changes by less is not reported again."""
 LOOP_S: Final = 5.0
-"""In a loop of relays, the one whose name sorts first leaves at once, the others
-after this delay."""
+"""In a loop of relays, the one whose name sorts first leaves at once, the others after this
+delay."""
 EPOCHS: Final = 1024
 """An epoch on the lower bus is the epoch from above times this, raised with each RESUME there. So a
 request keeps its id, and a relay that knows nothing of its predecessor still uses a later epoch,
@@ -91,8 +91,7 @@ class RelaySettings:
     inflight: int = 1024
 
 
-# --- events
-# ----------------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

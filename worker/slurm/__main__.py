@@ -30,13 +30,13 @@ log = logging.getLogger("worker.slurm")
 
 LOOK_S: Final = 2.0
 SLURM_S: Final = 5.0
-"""Between two questions to Slurm's controller, which serves the whole cluster."""
+"""Interval between questions to Slurm's controller, which serves the whole cluster."""
 EXPECT_MS: Final = 30_000
 FRONT: Final = "tcp://127.0.0.1:5555"
 
 _EPILOG: Final = """\
-What stands after -- are options of `python -m worker`, as in the job's script; --worker-id is
-chosen here. Each worker knows the limit of its job, and its streams move to another one in time.
+What follows -- are options of `python -m worker`, as in the job's script; --worker-id is chosen
+here. Each worker knows the limit of its job, and its streams move to another one in time.
 
 example:
   python -m worker slurm --partition gpu --gres gpu:1 --time 1:00:00 --max 8 -- \\
@@ -63,7 +63,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--min", type=int, default=0, metavar="N", help="jobs kept always [0]")
     made.add_argument("--max", type=int, default=4, metavar="N", help="most jobs at once [4]")
     made.add_argument(
-        "--idle-s", type=float, default=60.0, metavar="S", help="end a worker idle so long [60]"
+        "--idle-s",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="end a worker that has been idle for this long [60]",
     )
     made.add_argument(
         "--lead-s",
@@ -172,7 +176,7 @@ class Launcher:
                     log.warning("broker", extra={"fields": {"cause": error.message}})
                 except SlurmError as error:
                     log.warning("slurm", extra={"fields": {"cause": str(error)}})
-                    self._note = "starting: Slurm takes no job now"
+                    self._note = "starting: Slurm accepts no jobs now"
                 self.stop.wait(LOOK_S)
         with contextlib.suppress(SlurmError):
             commands.cancel([job.id for job in self._jobs if job.state == "PENDING"])

@@ -1,7 +1,8 @@
-"""How many jobs there should be, and which. No Slurm, no socket, no clock in here.
+"""Decides how many jobs there should be, and which. Must never touch Slurm, a socket or a clock.
 
-`Fleet.decide` takes what the broker and Slurm say and returns what to do: submit jobs, cancel those
-that still wait in Slurm's queue, drain workers that nobody needs; and a note for those that wait.
+`Fleet.decide` takes what the broker and Slurm report and returns what to do: submit jobs, cancel
+those that still wait in Slurm's queue, drain workers that nobody needs; and a note for clients that
+wait.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 AT_ONCE: Final = 4
-"""Jobs submitted in one look: a mistake in the numbers must not flood a cluster."""
+"""Most jobs submitted at once: a mistake in the numbers must not flood a cluster."""
 ENDED: Final = frozenset(
     ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 )
 FAILING_S: Final = 30.0
-"""After a job that ended before its worker came, the next one waits so long, doubled each time."""
+"""After a job that ended before its worker came, the next one waits for this long, which doubles
+each time."""
 FAILING_MOST_S: Final = 600.0
 
 
@@ -62,7 +64,7 @@ class Bounds:
     most: int = 4
     #: Requests that one worker runs at once; corrected by what workers say.
     slots: int = 8
-    #: A worker that had nothing to do for so long ends.
+    #: A worker that has had nothing to do for this long is ended.
     idle_s: float = 60.0
     #: A job with less time left needs a successor, if there is work for one.
     lead_s: float = 60.0
@@ -161,7 +163,7 @@ class Fleet:
             return
         pending = [job.id for job in jobs if job.state == "PENDING"]
         plan.cancel = pending[len(pending) - min(surplus, len(pending)) :]
-        # What is cancelled is no failure.
+        # A cancelled job is not a failure.
         self._known -= set(plan.cancel)
         surplus -= len(plan.cancel)
         for job in jobs:
