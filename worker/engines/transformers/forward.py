@@ -75,19 +75,19 @@ class Forward:
         if not kinds:
             kinds = ["sliding_attention" if self._window else "full_attention"]
         self._kinds = sorted(set(kinds))
-        strange = [kind for kind in self._kinds if kind not in LAYER_KINDS]
-        if strange:
-            raise Unsupported(f"layers of type {', '.join(strange)}")
+        unknown = [kind for kind in self._kinds if kind not in LAYER_KINDS]
+        if unknown:
+            raise Unsupported(f"layers of type {', '.join(unknown)}")
         self._loaded = loaded
         self._model = model
         self.device = loaded.device
         self._dtype = loaded.dtype
         self._additive = getattr(config, "_attn_implementation", "") == "eager"
         self._accepts = forward_parameters(model)
-        word = cache_argument(self._accepts)
-        if word is None:
+        argument = cache_argument(self._accepts)
+        if argument is None:
             raise Unsupported("its forward takes no key/value cache")
-        self._cache_word = word
+        self._cache_argument = argument
         plain_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
         self._weight_bytes = plain_bytes + packed_bytes(model)
         if loaded.adapters:
@@ -526,7 +526,7 @@ class Forward:
         if self._direct is not None and self._is_direct(arguments):
             return self._direct(cache=self.cache, **arguments)
         self._loaded.choose_rows([sequence.adapter for sequence in sequences])
-        arguments[self._cache_word] = self.cache
+        arguments[self._cache_argument] = self.cache
         output = self._model(**arguments, use_cache=True)
         logits: torch.Tensor = output.logits
         return logits

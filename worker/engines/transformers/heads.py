@@ -43,14 +43,16 @@ class DecisionClass:
         if not isinstance(config, kind.config_class):
             config, decisions = kind.checkpoint_config(path, revision=revision)
         above: Any = super(DecisionMixin, kind)
-        model, told = above.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+        model, loading_info = above.from_pretrained(
+            path, config=config, output_loading_info=True, **kwargs
+        )
         model.decision_config = decisions or DecisionConfig.from_pretrained(path, revision=revision)
         adapter = model.decision_config.adapter
         if adapter:
             model.load_adapter(path, adapter_kwargs={"subfolder": adapter})
             # Base and adapter were trained as one model, and are served as one.
             model._hf_peft_config_loaded = False
-        return model, told
+        return model, loading_info
 
     def from_config(self, config: Any, **kwargs: Any) -> Any:
         """The model with random weights."""

@@ -197,7 +197,7 @@ def _library(compiler: str, constants: tuple[str, ...]) -> ctypes.CDLL:
 def _compile(compiler: str, constants: tuple[str, ...], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as place:
         made = Path(place) / path.name
-        said = ""
+        message = ""
         for further in TRIED:
             command = [compiler, *FLAGS, *further, *constants, "-o", str(made), str(SOURCE), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
@@ -205,8 +205,8 @@ def _compile(compiler: str, constants: tuple[str, ...], path: Path) -> None:
                 # Another worker may have been faster; its library is the same.
                 made.replace(path)
                 return
-            said = said or done.stderr
-        raise OSError(f"{compiler} failed: {said.strip()[-300:] or 'without a message'}")
+            message = message or done.stderr
+        raise OSError(f"{compiler} failed: {message.strip()[-300:] or 'without a message'}")
 
 
 def _version(compiler: str) -> str:

@@ -403,13 +403,13 @@ def _load_weights(
             _skeleton(auto_class, config, options), bits=bits, dtype=dtype, device=device
         )
     with _weights_progress(progress, path), explained_conversion(path):
-        model, told = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, loading_info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
     refuse_packed_scales(model, path)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise EngineLoadError(f"{path} is an adapter: name its base with --model-base")
-    refuse_missing(model, told["missing_keys"], path, quantised=stored is not None)
+    refuse_missing(model, loading_info["missing_keys"], path, quantised=stored is not None)
     if stored is None:
-        refuse_left_out(model, told["unexpected_keys"], path)
+        refuse_left_out(model, loading_info["unexpected_keys"], path)
     if stored is not None:
         warn_of_lost_rounding(model, as_dict, path)
     if bits:
@@ -506,12 +506,12 @@ class _Reported:
         self._items, self._progress, self._path = list(items), progress, path
 
     def __iter__(self) -> Iterator[Any]:
-        told = 0.0
+        reported = 0.0
         for index, item in enumerate(self._items):
             yield item
             fraction = (index + 1) / len(self._items)
-            if fraction - told >= 0.01:
-                told = fraction
+            if fraction - reported >= 0.01:
+                reported = fraction
                 self._progress(fraction, f"loading weights of {self._path}")
 
     def __getattr__(self, name: str) -> Any:

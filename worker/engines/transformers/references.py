@@ -137,7 +137,7 @@ def _read_reference(loaded: LoadedModel, prompt: Prompt, make_cache: MakeCache |
 
 def _cache(model: Any, make: MakeCache | None) -> dict[str, Any]:
     """The keyword argument that passes a new cache to a forward; empty without `make`."""
-    word = cache_argument(forward_parameters(model))
-    if make is None or word is None:
+    argument = cache_argument(forward_parameters(model))
+    if make is None or argument is None:
         return {}
-    return {word: make(config=model.config.get_text_config(decoder=True))}
+    return {argument: make(config=model.config.get_text_config(decoder=True))}

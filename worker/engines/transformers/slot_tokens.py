@@ -142,9 +142,9 @@ class NewTokens:
             events += sequence.flush_events(now)
             if sequence.state is State.DECODE:
                 sequence.append_token(choice, now)
-                said = draft[place : place + 1] == [choice.token_id]
-                right += said
-                if said and sequence.state is State.DECODE:
+                agrees = draft[place : place + 1] == [choice.token_id]
+                right += agrees
+                if agrees and sequence.state is State.DECODE:
                     # The cache holds it already, and the logits after it are computed.
                     sequence.filled += 1
                     continue

@@ -62,7 +62,7 @@ def load_tower(
             tower = kind._from_config(config, dtype=dtype, **extra)
             _fill(tower, state, folder)
             return tower.to(device).eval(), images
-    tower, told = kind.from_pretrained(
+    tower, loading_info = kind.from_pretrained(
         path,
         config=config,
         dtype=dtype,
@@ -70,7 +70,7 @@ def load_tower(
         output_loading_info=True,
         **extra,
     )
-    refuse_missing(tower, set(told["missing_keys"]) - _named_by(tower, state).keys(), path)
+    refuse_missing(tower, set(loading_info["missing_keys"]) - _named_by(tower, state).keys(), path)
     _fill(tower, state, folder)
     return tower.to(device).eval(), images
 
