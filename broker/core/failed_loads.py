@@ -8,7 +8,7 @@ has left, it is forgotten. Must never hold up a model that some worker offers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from broker.core.records import LoadFailure, WorkerSession
@@ -16,7 +16,7 @@ from broker.core.state import BusState
 from broker.protocol.errors import LOAD_FAILED, ErrorCode, RequestError
 from broker.protocol.messages import FailedModel
 
-__all__ = ["error_of", "learn", "left", "offered_again_s", "reasons", "returns_s"]
+__all__ = ["error_of", "learn", "left", "offered_again_s", "reasons", "returns_s", "unserved"]
 
 
 def learn(bus: BusState, worker: WorkerSession, failed: Iterable[FailedModel]) -> None:
@@ -44,9 +44,24 @@ def left(bus: BusState, worker: WorkerSession) -> None:
 
 def reasons(bus: BusState, model: str) -> str:
     """Why it cannot be loaded, by worker; empty where nothing is known."""
-    told = sorted(_known(bus, model).items())
-    more = f", and {len(told) - 3} more" if len(told) > 3 else ""
-    return "; ".join(f"{one.cause.rstrip('. ')} (worker {name})" for name, one in told[:3]) + more
+    return _words(_known(bus, model))
+
+
+def unserved(bus: BusState) -> Iterator[tuple[str, str, float]]:
+    """Models that nobody serves or may come with but workers that could not load them: name, why,
+    and in how many seconds the first of these offers it again; infinity: none does."""
+    for model, told in sorted(bus.failed_loads.items()):
+        if bus.registry.serving(model) or _others_return_s(bus, model) > bus.now_s:
+            continue
+        grace_s = bus.settings.model_grace_s
+        waited_for = {
+            name: one
+            for name, one in told.items()
+            if one.until_s + (0.0 if one.left else grace_s) > bus.now_s
+        }
+        if waited_for:
+            again_s = min(one.until_s for one in waited_for.values())
+            yield model, _words(waited_for), max(0.0, again_s - bus.now_s)
 
 
 def error_of(bus: BusState, model: str, *, begun: bool) -> RequestError | None:
@@ -72,9 +87,7 @@ def error_of(bus: BusState, model: str, *, begun: bool) -> RequestError | None:
 
 def returns_s(bus: BusState, model: str) -> float:
     """Until when a worker that has not failed to load the model may come (back)."""
-    left_s = bus.registry.left_s(model)
-    back_s = -math.inf if left_s is None else left_s + bus.settings.model_grace_s
-    return max(back_s, bus.expected.get(model, -math.inf), offered_again_s(bus, model))
+    return max(_others_return_s(bus, model), offered_again_s(bus, model))
 
 
 def offered_again_s(bus: BusState, model: str) -> float:
@@ -85,6 +98,18 @@ def offered_again_s(bus: BusState, model: str) -> float:
         if one.until_s <= bus.now_s and not one.left
     ]
     return max(due, default=-math.inf) + bus.settings.model_grace_s
+
+
+def _others_return_s(bus: BusState, model: str) -> float:
+    left_s = bus.registry.left_s(model)
+    back_s = -math.inf if left_s is None else left_s + bus.settings.model_grace_s
+    return max(back_s, bus.expected.get(model, -math.inf))
+
+
+def _words(failures: dict[str, LoadFailure]) -> str:
+    told = sorted(failures.items())
+    more = f", and {len(told) - 3} more" if len(told) > 3 else ""
+    return "; ".join(f"{one.cause.rstrip('. ')} (worker {name})" for name, one in told[:3]) + more
 
 
 def _known(bus: BusState, model: str) -> dict[str, LoadFailure]:

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from broker.core import endings, exposition, shutdown, swapping
+from broker.core import endings, exposition, failed_loads, shutdown, swapping
 from broker.core.events import Frames
 from broker.core.instructions import ReloadAccess
 from broker.core.phases import Phase
@@ -162,6 +162,17 @@ def _model(bus: BusState, name: str) -> dict[str, Any]:
         "serial": next((info.serial for info in infos if info.serial), ""),
         "resume": weakest(info.resume for info in infos),
     }
+
+
+def _failed_loads(bus: BusState, _: _NoArgs) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": model,
+            "cause": cause,
+            "retry_in_ms": None if again_s == math.inf else round(1000 * again_s),
+        }
+        for model, cause, again_s in failed_loads.unserved(bus)
+    ]
 
 
 def weakest(names: Iterable[str]) -> str:
@@ -471,6 +482,7 @@ def _report(bus: BusState, client: ClientSession, args: _ReportArgs) -> dict[str
 _VERBS: Final[dict[str, tuple[type[Any], Callable[[BusState, Any], Any]]]] = {
     "bus.version": (_NoArgs, _version),
     "bus.models": (_NoArgs, _models),
+    "bus.failed_loads": (_NoArgs, _failed_loads),
     "bus.workers": (_NoArgs, _workers),
     "bus.clients": (_NoArgs, _clients),
     "bus.stats": (_NoArgs, _stats),

@@ -30,7 +30,7 @@ from client.options import Retry, Timeout
 from worker.core import events as worker_events, instructions as worker_instructions
 from worker.core.session import WorkerCore
 from worker.core.settings import Settings
-from worker.engines.base import Capabilities
+from worker.engines.base import Capabilities, FailedLoad
 from worker.engines.events import END, FAIL, TOKENS
 from worker.relay import core as relay
 
@@ -309,6 +309,12 @@ class Worker(_Worker):
         self.error: dict[str, Any] | None = None
         infos = tuple(ModelInfo(name=model, kinds=(Kind.COMPLETE,)) for model in models)
         self.tell(worker_events.EngineReady(Capabilities("made up", "cpu", infos, slots)))
+
+    def offers(self, *models: str, failed: tuple[FailedLoad, ...] = ()) -> None:
+        """What it can load from now on, and what it could not."""
+        infos = tuple(ModelInfo(name=model, kinds=(Kind.COMPLETE,)) for model in models)
+        told = Capabilities("made up", "cpu", infos, self.slots, failed=failed)
+        self.tell(worker_events.EngineChanged(told))
 
     def engine(self, instruction: Any) -> None:
         match instruction:

@@ -92,6 +92,26 @@ def test_who_comes_later_is_told_until_the_worker_offers_it_again() -> None:
     assert id_ == soon and error.retry_after_ms == 120_000
 
 
+def test_a_relay_is_told_which_models_callers_wait_for_in_vain() -> None:
+    bus = a_bus()
+    worker, client = shelf(bus), bus.client()
+    other = bus.worker("w2", models=("b",))
+    offers(worker, "b", failed="a")
+    cause = "no config.json (worker w1)"
+    told = {"model": "a", "cause": cause, "retry_in_ms": 60_000}
+    assert client.query("bus.failed_loads") == [told]
+    offers(worker, "a", failed="b")
+    assert client.query("bus.failed_loads") == [], "another worker serves it"
+    other.goodbye()
+    assert client.query("bus.failed_loads") == [], "that one may come back"
+    offers(worker, "b", failed="a")
+    bus.wait(RETRY_S + 1)
+    # Its worker's word is awaited: nobody is told of a failure, nor that there is no such model.
+    assert client.query("bus.failed_loads") == [{**told, "retry_in_ms": 0}]
+    bus.wait(GRACE_S)
+    assert client.query("bus.failed_loads") == []
+
+
 def test_one_that_is_not_tried_again_is_told_until_its_worker_has_left_for_long() -> None:
     bus = a_bus()
     worker, client = shelf(bus), bus.client()

@@ -12,6 +12,7 @@ from client.core.events import Answered, End, QueryMade
 from client.errors import BusError
 from tests.core.relay_world import Relay, TwoBuses, Worker, answer
 from worker.core import events as worker_events
+from worker.engines.base import FailedLoad
 from worker.relay import core as relay, survey
 
 TWO_MODELS = ((3, ("one",)), (2, ("two",)))
@@ -281,6 +282,81 @@ def test_streams_leave_a_lower_bus_whose_workers_all_end() -> None:
     assert buses.above.tokens[request] == answer(1, 3000)
 
 
+def failure_of(buses: TwoBuses, request: bytes) -> BusError:
+    error = buses.above.ends.pop(request)
+    assert isinstance(error, BusError)
+    return error
+
+
+def test_a_model_that_cannot_be_loaded_below_is_told_above_at_once() -> None:
+    """Who waits above, and who asks later, has the cause and when to ask again; once the model is
+    offered again it is served."""
+    buses = TwoBuses(workers=((2, ("model", "other")),))
+    worker = buses.workers[0]
+    waiting = [buses.above.ask(n, 20) for n in range(5)]
+    buses.world.advance(0.5)
+    retry_s = buses.world.now_s + 60.0
+    worker.offers("other", failed=(FailedLoad("model", "no config.json", retry_s),))
+    buses.world.advance(1.5)
+    later = buses.above.ask(9, 3)
+    buses.world.advance(0.1)
+    for request in (waiting[-1], later):
+        error = failure_of(buses, request)
+        assert error.code == "model_unavailable" and error.details["load_failed"] is True
+        assert "no config.json" in error.message and "(worker w0)" in error.message
+        assert error.retry_after_ms is not None and 57_000 < error.retry_after_ms <= 60_000
+    # It is told once, not with every survey.
+    told = [one for one in buses.relay.reports if isinstance(one, worker_events.EngineChanged)]
+    buses.world.advance(20.0)
+    again = [one for one in buses.relay.reports if isinstance(one, worker_events.EngineChanged)]
+    assert {one.capabilities.failed for one in again[len(told) :]} <= {told[-1].capabilities.failed}
+    # Its time has come: who asks waits for the offer, as at the lower broker.
+    buses.world.advance(40.0)
+    asked = buses.above.ask(7, 3)
+    buses.world.advance(1.0)
+    assert asked not in buses.above.ends
+    worker.offers("model", "other")
+    buses.steps(300)
+    assert buses.above.tokens[asked] == answer(7, 3)
+    assert not buses.upper.core.failed_loads
+
+
+def test_a_model_that_others_below_serve_is_no_failure_above() -> None:
+    buses = TwoBuses(workers=((1, ("model",)), (1, ("model",))))
+    buses.workers[0].offers(failed=(FailedLoad("model", "no config.json"),))
+    buses.world.advance(2.0)
+    request = buses.above.ask(3, 4)
+    buses.steps(10)
+    assert buses.above.tokens[request] == answer(3, 4)
+    assert not buses.upper.core.failed_loads
+
+
+def test_a_worker_below_that_never_served_its_model_is_told_above() -> None:
+    """It says so and leaves: what it said holds for as long as the lower broker waits for it."""
+    buses = TwoBuses(workers=((1, ("other",)),))
+    gone = Worker(buses.world, buses.lower, "gone", 1, ("model",))
+    gone.offers(failed=(FailedLoad("model", "no such folder"),))
+    buses.world.advance(1.0)
+    gone.tell(worker_events.StopRequested("stopped"))
+    buses.world.advance(2.0)
+    request = buses.above.ask(3, 4)
+    buses.world.advance(0.1)
+    error = failure_of(buses, request)
+    assert error.details["load_failed"] is True and "no such folder" in error.message
+
+
+def test_a_lower_broker_that_does_not_tell_failed_loads_is_served_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from broker.core import queries
+
+    monkeypatch.delitem(queries._VERBS, "bus.failed_loads")
+    buses = TwoBuses()
+    request = buses.above.ask(5, 3)
+    buses.steps(5)
+    assert buses.above.tokens[request] == answer(5, 3)
+
+
 def test_a_restarted_lower_broker_is_only_a_pause() -> None:
     buses = TwoBuses()
     requests = [buses.above.ask(n, 40) for n in range(4)]
@@ -344,7 +420,8 @@ def test_relays_in_a_loop_grant_nothing_until_one_of_them_has_left() -> None:
         reports: list[object] = []
         for query in asked:
             assert isinstance(query, QueryMade)
-            result = models if query.verb == "bus.models" else [{**worker, "via": via}]
+            workers = [{**worker, "via": via}]
+            result = {"bus.models": models, "bus.workers": workers}.get(query.verb, [])
             arrived = relay.ItemsArrived(query.query_id, (Answered(result),))
             instructions = core.handle(arrived, now_s)
             reports += [each.event for each in instructions if isinstance(each, relay.Report)]

@@ -24,6 +24,7 @@ from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo
 from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import (
+    FailedModel,
     FinishReason,
     ModelInfo,
     PromptEvent,
@@ -37,7 +38,7 @@ from client.errors import BusError
 from client.options import Retry, Timeout
 from worker.core import events as above
 from worker.core.instructions import Log
-from worker.engines.base import Capabilities, Ended, Failed, PromptFacts, Tokens
+from worker.engines.base import Capabilities, Ended, Failed, FailedLoad, PromptFacts, Tokens
 from worker.relay.survey import Survey, SurveyError, read
 
 ASK_S: Final = 1.0
@@ -50,8 +51,9 @@ ANSWER_S: Final = 3.0
 KEPT_MODEL_S: Final = 10.0
 """How long a model stays offered, without a slot, after its last worker left: a broker that has
 just been restarted knows its workers only a moment later."""
-END_SAME_S: Final = 1.0
-"""An end of the lower bus that changes by less is not reported again."""
+SAME_S: Final = 1.0
+"""A time of the lower bus that changes by less is not reported again: when it ends, when it loads a
+model again."""
 LOOP_S: Final = 5.0
 """In a loop of relays, the one whose name sorts first leaves at once, the others after this
 delay."""
@@ -74,6 +76,7 @@ _RECOVERED: Final = frozenset(
         ErrorCode.UNKNOWN_SESSION,
     )
 )
+_FAILED_LOADS: Final = "bus.failed_loads"
 #: Codes that mean a wrong key or a wrong port, which retrying does not fix.
 _HOPELESS: Final = frozenset((ErrorCode.UNAUTHENTICATED.value, ErrorCode.PROTOCOL_ERROR.value))
 
@@ -207,7 +210,7 @@ class RelayCore:
         #: Ids that were used on the lower bus, oldest first.
         self._used: dict[bytes, None] = {}
 
-        #: The two open queries, by verb, and the jobs that were open when they were sent.
+        #: The open queries, by verb, and the jobs that were open when they were sent.
         self._asked: dict[bytes, str] = {}
         self._answers: dict[str, Any] = {}
         self._asked_jobs: frozenset[bytes] = frozenset()
@@ -224,6 +227,8 @@ class RelayCore:
         self._capacity_of: dict[str, int] = {}
         #: Models, with the time when they were last seen.
         self._models: dict[str, tuple[ModelInfo, float]] = {}
+        #: Models that the lower bus cannot load.
+        self._failed: dict[str, FailedLoad] = {}
         #: Brokers behind the lower one.
         self._via: tuple[str, ...] = ()
         self._told: Capabilities | None = None
@@ -426,7 +431,7 @@ class RelayCore:
         self._asked_jobs = frozenset(self._jobs)
         # Workers last: that answer is the newest, and everything that we know of our jobs
         # came before it.
-        for verb in ("bus.models", "bus.workers"):
+        for verb in (_FAILED_LOADS, "bus.models", "bus.workers"):
             query_id = self._new_id()
             self._asked[query_id] = verb
             timeout = Timeout(connect=ANSWER_S, total=ANSWER_S)
@@ -442,6 +447,9 @@ class RelayCore:
 
     def _on_answer(self, query_id: bytes, item: below.Item) -> None:
         verb = self._asked.pop(query_id)
+        error = item if isinstance(item, BusError) else None
+        if error and verb == _FAILED_LOADS and error.code == ErrorCode.INVALID_REQUEST:
+            item = below.Answered([])  # the broker is older than this question
         if isinstance(item, BusError):
             self._asked.clear()
             self._wait()
@@ -453,7 +461,8 @@ class RelayCore:
             return
         self._wait()
         try:
-            survey = read(self._answers["bus.workers"], self._answers["bus.models"])
+            answers = self._answers
+            survey = read(answers["bus.workers"], answers["bus.models"], answers[_FAILED_LOADS])
         except SurveyError as error:
             self._out.append(Report(above.WorkerFailed(str(error))))
             return
@@ -494,6 +503,9 @@ class RelayCore:
             name: running.count(name) + (0 if looped else free_of)
             for name, free_of in survey.free_of.items()
         }
+        self._failed = {} if looped else {one.name: self._failure(one) for one in survey.failed}
+        for name in self._failed:
+            self._models.pop(name, None)
         served = {info.name for info in survey.models}
         self._capacity_of |= {name: 0 for name in self._models if name not in served}
         self._contended = survey.queued > len(known) - len(running)
@@ -512,11 +524,20 @@ class RelayCore:
             )
         )
 
+    def _failure(self, one: FailedModel) -> FailedLoad:
+        """A failed load below, the time of the next one as it was told first."""
+        retry_s = None if one.retry_in_ms is None else self._now_s + one.retry_in_ms / 1000
+        before = self._failed.get(one.name)
+        known_s = None if before is None else before.retry_s
+        if retry_s is not None and known_s is not None and abs(retry_s - known_s) < SAME_S:
+            retry_s = known_s
+        return FailedLoad(one.name, one.cause, retry_s)
+
     def _tell_end(self, survey: Survey) -> None:
         """The broker above moves streams away before the last worker here ends."""
         in_ms = survey.ends_in_ms
         ends_s = math.inf if in_ms is None else self._now_s + in_ms / 1000
-        if ends_s != self._ends_s and not abs(ends_s - self._ends_s) < END_SAME_S:
+        if ends_s != self._ends_s and not abs(ends_s - self._ends_s) < SAME_S:
             self._ends_s = ends_s
             self._out.append(Report(above.EndKnown(ends_s, survey.ends_why)))
 
@@ -543,7 +564,10 @@ class RelayCore:
         """Tell the worker's core what is offered, if that has changed."""
         if self._told is None and self._survey is None:
             return
-        capabilities = Capabilities("bus", self._settings.lower, self._infos(), self._capacity)
+        capabilities = Capabilities(
+            *("bus", self._settings.lower, self._infos(), self._capacity),
+            failed=tuple(self._failed.values()),
+        )
         if capabilities == self._told:
             return
         first, self._told = self._told is None, capabilities

@@ -1,4 +1,5 @@
-"""What a bus currently has to offer, read from its answers to `bus.workers` and `bus.models`.
+"""What a bus currently has to offer, read from its answers to `bus.workers`, `bus.models` and
+`bus.failed_loads`.
 
 Values only. Must never ask anything itself, and trusts nothing in a row beyond its checked types.
 """
@@ -11,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from broker.protocol.messages import ModelInfo, kind_fields
+from broker.protocol.messages import FailedModel, ModelInfo, kind_fields
 
 
 class SurveyError(Exception):
@@ -49,11 +50,19 @@ class _ModelRow(msgspec.Struct, frozen=True):
     resume: str = "exact"
 
 
+class _FailedRow(msgspec.Struct, frozen=True):
+    model: str
+    cause: str = ""
+    retry_in_ms: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Survey:
     """A bus at one moment."""
 
     models: tuple[ModelInfo, ...] = ()
+    #: Models that it cannot load.
+    failed: tuple[FailedModel, ...] = ()
     #: Unused slots at workers that accept requests.
     free: int = 0
     #: The same by model, for models that not all of these workers serve.
@@ -68,9 +77,10 @@ class Survey:
     ends_why: str = ""
 
 
-def read(workers: Any, models: Any) -> Survey:
-    """Interpret both answers. Raises `SurveyError`."""
+def read(workers: Any, models: Any, failed_loads: Any = ()) -> Survey:
+    """Interpret the answers. Raises `SurveyError`."""
     try:
+        failed_rows = msgspec.convert(failed_loads, list[_FailedRow])
         worker_rows = msgspec.convert(workers, list[_WorkerRow])
         model_rows = msgspec.convert(models, list[_ModelRow])
         infos = tuple(_info(row) for row in model_rows)
@@ -83,6 +93,10 @@ def read(workers: Any, models: Any) -> Survey:
     partial = {info.name for info in infos if not all(info.name in row.models for row in ready)}
     return Survey(
         models=infos,
+        failed=tuple(
+            FailedModel(name=row.model, cause=row.cause, retry_in_ms=row.retry_in_ms)
+            for row in failed_rows
+        ),
         free=sum(row.free for row in ready),
         free_of={
             name: sum(row.free for row in ready if name in row.models) for name in sorted(partial)
