@@ -149,19 +149,15 @@ def test_it_makes_some_progress_first() -> None:
     assert gave_way(client, worker) == [low]
 
 
-def test_progress_counts_over_all_slots_so_one_that_ran_for_long_gives_way_before_its_first_token() -> (
-    None
-):
+def test_progress_counts_over_all_slots_so_one_may_give_way_before_its_first_token() -> None:
     """A person leaves, the stream gets that slot, and at once the next person comes."""
     bus, worker, client = fleet()
     (low,) = running(worker, client, -50)
     bus.wait(30.0)
     person = bus.client("person")
-    epoch = 0
-    for _ in range(3):
+    for epoch in range(1, 4):
         high = person.request()
         assert gave_way(client, worker) == [low]
-        epoch += 1
         client.resume(low, epoch, tokens=12, priority=-50)
         worker.stopped(low)
         (assign,) = worker.assigned()
