@@ -1,18 +1,18 @@
-"""The engine on one GPU beside its floors: one script, at most ten minutes, nothing downloaded.
+"""The engine on one GPU beside its lower bounds: at most ten minutes, nothing downloaded.
 
     python -m bench.gpu --json gpu.json
     python -m bench.gpu --tiny
 
 Makes a Llama of 7 B parameters with random weights on the device, writes it to a folder, and loads
-it as a worker does: bfloat16 with and without CUDA graphs, 8 bits, 4 bits, and vLLM if it is
-installed. For each: a decode step of 1, 16 and 64 streams beside the time that reading weights,
-keys and values takes at the bandwidth measured in the same run; prefill beside the arithmetic
-measured in the same run. Then the device's memory is taken away while a long prompt is computed:
-the request must fail or wait, and the next must be answered.
+it as a worker does: in bfloat16 with and without CUDA graphs, in 8 bits, in 4 bits, and in vLLM if
+that is installed. For each, it measures a decode step of 1, 16 and 64 streams beside the time to
+read weights, keys and values, and a prefill beside the time of its arithmetic, at the bandwidth and
+rate measured in the same run. Then the device's memory is taken away while a long prompt is
+computed: the request must fail or wait, and the next one must be answered.
 
 Each engine has a process of its own, so that its memory is free for the next. What does not fit
-into the time is left out, with a note. `--tiny` runs all of it that a CPU can, small, as a check of
-the script: its figures mean nothing.
+into the time is left out, with a note. `--tiny` runs whatever a CPU can, with a tiny model, to
+check the script: its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Plan:
     prompt: int
     answer: int
     long: int
-    #: Side of the square matrices whose product gives the arithmetic's rate.
+    #: Side of the square matrices whose product gives the rate of arithmetic.
     side: int
     repeats: int
 
@@ -83,10 +83,12 @@ VARIANTS = (
 
 
 def _arguments() -> argparse.Namespace:
-    parser = options("The engine on one GPU beside its floors, in at most ten minutes.")
+    parser = options("The engine on one GPU beside its lower bounds, in at most ten minutes.")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU if need be")
     parser.add_argument("--size", choices=tuple(SIZES), help="model [7b; with --tiny 3m]")
-    parser.add_argument("--streams", type=integers, help="[1,16,64; with --tiny 1,2]")
+    parser.add_argument(
+        "--streams", type=integers, help="list of stream counts [1,16,64; with --tiny 1,2]"
+    )
     parser.add_argument("--seconds", type=float, default=570.0, help="time for everything [570]")
     parser.add_argument("--folder", type=Path, help="where the weights are written [a new one]")
     parser.add_argument(
@@ -96,11 +98,11 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run every variant for which there is time."""
+    """Run each variant while there is time."""
     arguments = _arguments()
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not arguments.tiny:
-        raise SystemExit("there is no CUDA device: --tiny tries the script on a CPU")
+        raise SystemExit("there is no CUDA device; --tiny checks the script on a CPU")
     tiny = arguments.tiny
     plan = Plan(
         shape=SIZES[arguments.size or ("3m" if tiny else "7b")],
@@ -116,18 +118,18 @@ def main() -> None:
     words = torch.cuda.get_device_name() if on_gpu else "CPU"
     report = Report(f"gpu: {_billions(plan.shape):.2g} B parameters on {words}")
     if not on_gpu:
-        report.note("on a CPU: only a check of the script; its figures mean nothing")
+        report.note("on a CPU, this only checks the script: its figures mean nothing")
     speed = bandwidth(torch.device(plan.device), 1 << (20 if tiny else 30))
     report.add("gpu_bandwidth", speed / 1e9, "GB/s")
     rate = _arithmetic(plan)
     report.add("gpu_arithmetic", rate / 1e12, "TFLOP/s")
     with _written(plan, arguments.folder) as folder:
-        # Its own memory is the engines' from here on.
+        # From here on, the device's memory is for the engines.
         for variant in VARIANTS:
             if variant.name in arguments.without:
                 continue
             if time.monotonic() > over_s:
-                report.note(f"{variant.name} was left out: the time was over (--seconds)")
+                report.note(f"{variant.name} was left out: no time was left (--seconds)")
                 continue
             try:
                 with _opened(variant, plan, folder, counts, arguments.vllm) as engine:
@@ -141,7 +143,7 @@ def main() -> None:
 
 
 def _linear_parameters(shape: Shape) -> int:
-    """Parameters of the layers' matrices, which a quantisation makes smaller."""
+    """Parameters of the layers' matrices, which quantisation shrinks."""
     head = shape.hidden // shape.heads
     attention = 2 * shape.hidden * head * (shape.heads + shape.kv_heads)
     return shape.layers * (attention + 3 * shape.hidden * shape.intermediate)
@@ -152,8 +154,11 @@ def _billions(shape: Shape) -> float:
 
 
 def _step_bytes(shape: Shape, bits: int, streams: int, tokens: float) -> float:
-    """Bytes that a decode step must read: matrices, the head (never quantised here), and keys and
-    values of `tokens` a stream."""
+    """Bytes that a decode step must read.
+
+    These are the matrices, the head (never quantised here), and the keys and values of `tokens`
+    tokens of each stream.
+    """
     width = shape.dtype.itemsize
     layers = _linear_parameters(shape) * (width if bits == 16 else bits / 8)
     head = shape.hidden * shape.vocabulary * width
@@ -167,11 +172,13 @@ def _written(plan: Plan, chosen: Path | None) -> Iterator[Path]:
     if chosen is not None and (chosen / "config.json").exists():
         yield chosen
         return
-    progress("weights are made and written")
+    progress("making and writing the weights")
     needed = _billions(plan.shape) * 1e9 * plan.shape.dtype.itemsize * 1.05
     free = shutil.disk_usage(chosen.parent if chosen else tempfile.gettempdir()).free
     if free < needed:
-        raise SystemExit(f"the weights need {needed / 1e9:.0f} GB of disk: choose with --folder")
+        raise SystemExit(
+            f"the weights need {needed / 1e9:.0f} GB of disk: choose a place with --folder"
+        )
     model = build_model(plan.shape, torch.device(plan.device), 4096)
     with save_folder(model, build_tokenizer(plan.shape.vocabulary)) as folder:
         del model
@@ -272,7 +279,7 @@ def _measure(
         rate = Sample(tuple(each["tokens_per_s"] for each in seen))
         report.add("gpu_tokens_per_s", rate, "tokens/s", **common)
         if time.monotonic() > over_s:
-            report.note(f"{variant.name}: the rest was left out: the time was over (--seconds)")
+            report.note(f"{variant.name}: the rest was left out: no time was left (--seconds)")
             return
     for count in (1, 8):
         progress(f"{variant.name}: prefill, {count} prompts")
@@ -300,7 +307,7 @@ def _measure(
 def _without_memory(report: Report, plan: Plan, engine: Inside) -> None:
     """Take the device's free memory away while a long prompt is computed, and give it back."""
     if plan.device != "cuda":
-        report.note("out of memory: not tried, only a GPU's memory can be taken away")
+        report.note("out of memory: not tried, since only a GPU's memory can be taken away")
         return
     progress("out of memory")
     torch.cuda.empty_cache()
@@ -308,7 +315,7 @@ def _without_memory(report: Report, plan: Plan, engine: Inside) -> None:
     ballast = torch.empty(max(0, free - (64 << 20)), dtype=torch.uint8, device=plan.device)
     try:
         engine.run(_prompts(plan, 8, plan.long, 99), 4)
-        said = "answered all the same, from memory that it held"
+        said = "they were answered, from memory that the engine held"
     except RuntimeError as error:
         said = short(error)
     del ballast

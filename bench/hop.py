@@ -1,9 +1,9 @@
-"""What one hop costs: the broker's CPU per forwarded message, beside libzmq's C proxies.
+"""The cost of one hop: the broker's CPU per forwarded message, beside libzmq's C proxies.
 
-A load process holds plain sockets on both sides of one forwarder at a time: a worker that sends
-OUTPUT messages, and clients that receive them. In turn, all forwarders get the same frames in the
-same bursts, faster than they can forward them. The figure is the forwarder's own CPU, user and
-system, including its I/O threads.
+This process holds plain sockets on both sides of one forwarder at a time: a worker that sends
+OUTPUT messages, and clients that receive them. The forwarders take turns with the same frames in
+the same bursts, which come faster than they can forward them. The figure is the forwarder's own CPU
+time, user and system, including its I/O threads.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Hop:
         self.sequence = first_sequence
 
     def run(self, body: bytes, messages: int) -> dict[str, float]:
-        """Forward at least `messages`; returns CPU and wall time per message, in µs."""
+        """Forward at least `messages`; return CPU and wall time per message, in µs."""
         clients = len(self.clients)
         # Each client receives the same number of messages in a burst.
         each = max(1, BURST // clients)
@@ -249,7 +249,7 @@ def measure(
 
 
 def rate(wall_us: Sample, each: int = 1) -> Sample:
-    """Rate per second of something that takes this long and brings `each` items."""
+    """Items per second, if `each` items take this long."""
     return Sample(tuple(each * 1e6 / value for value in wall_us.values))
 
 
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--transport", choices=("tcp", "ipc"), default="tcp")
     parser.add_argument("--events", type=integers, default=None, help="list of events per message")
     parser.add_argument("--streams", type=integers, default=None, help="list of stream counts")
-    parser.add_argument("--clients", type=int, default=64, help="most client sessions")
+    parser.add_argument("--clients", type=int, default=64, help="the most client sessions")
     parser.add_argument("--messages", type=int, default=None, help="messages in each run")
     arguments = parser.parse_args(argv)
     messages = arguments.messages or (8_192 if arguments.quick else 20_480)

@@ -1,8 +1,8 @@
-"""Images: throughput of requests with images, with and without CURVE.
+"""Throughput of requests with images, with and without CURVE.
 
 Each request has one image and an answer of one token, and passes through client library, broker,
-link and echo engine. Beside it: FastChat's worker, which takes an image as base64 in JSON over
-HTTP. Sizes are those of the image file; base64 adds a third on the wire.
+link and echo engine. The peer is FastChat's worker, which receives images as base64 in JSON over
+HTTP. Sizes are those of the image files; base64 adds a third on the wire.
 """
 
 from __future__ import annotations
@@ -185,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run and report."""
     parser = options("Requests with images, with and without CURVE, beside base64 over HTTP.")
     parser.add_argument("--kib", type=integers, help="list of image sizes, KiB")
-    parser.add_argument("--mib", type=int, default=None, help="about how many MiB of images a run")
+    parser.add_argument(
+        "--mib", type=int, default=None, help="about how many MiB of images per run"
+    )
     arguments = parser.parse_args(argv)
     arguments.mib = arguments.mib or (16 if arguments.quick else 64)
     asyncio.run(measure(arguments)).finish(arguments, plot)

@@ -1,11 +1,11 @@
-"""vLLM spread over processes or machines: answers against one process', and a part of it killed.
+"""vLLM spread over processes or machines: its answers, and what happens if a part is killed.
 
     python -m bench.parallel --way tp2 tensor_parallel_size=2 distributed_executor_backend=mp
 
-For each `--way NAME KEY=VALUE...` a worker runs vLLM with those arguments, beside a second worker
-with one process. Greedy answers of both are compared token by token; then, in mid-stream at the
-first, one of the processes that compute for it is killed (SIGKILL), or with `--beside` its other
-node: its engine must end, and the stream go on at the second. The model is a tiny random Llama in
+For each `--way NAME KEY=VALUE...`, a worker runs vLLM with those arguments, beside a second worker
+with one process. Greedy answers of both are compared token by token. Then one of the first worker's
+computing processes is killed (SIGKILL) mid-stream, or with `--beside` its other node: its engine
+must end, and the stream must go on at the second worker. The model is a tiny random Llama in
 float32, on a CPU.
 """
 
@@ -35,7 +35,7 @@ LONG_TOKENS = 400
 
 @dataclass
 class Outcome:
-    """What one way did."""
+    """The results of one way."""
 
     way: str
     equal: int = 0
@@ -65,7 +65,7 @@ def computing(worker_pid: int) -> list[psutil.Process]:
 
 
 def try_out(folder: Path, path: Path, way: str, arguments: list[str], beside: str) -> Outcome:
-    """Start both workers, compare, kill, and see."""
+    """Start both workers, compare their answers, kill, and see how the stream goes on."""
     told = Outcome(way)
     common = ["--model-path", str(path), "--dtype", "float32", "--slots", "4"]
     common += ["--engine-arg", "enforce_eager=true", "--engine-arg", "max_num_batched_tokens=64"]
@@ -73,7 +73,7 @@ def try_out(folder: Path, path: Path, way: str, arguments: list[str], beside: st
     with LocalBus(folder, start_s=400) as bus:
         bus.start_broker("--placement", "least_loaded")
         began_s = time.monotonic()
-        # Under two names, so that it is known who answers; and under one, for the stream.
+        # Each has a name of its own, for comparisons; both share one, for the stream.
         first = bus.start_worker(
             "w1", *common, "--model-name", "tiny,spread", *spread, engine="vllm"
         )
@@ -89,7 +89,7 @@ def try_out(folder: Path, path: Path, way: str, arguments: list[str], beside: st
         told.equal = sum(a == b for a, b in zip(spread_out, single, strict=True))
         long = {"max_tokens": LONG_TOKENS, "temperature": 0.0, "ignore_eos": True}
         whole = client.generate(PROMPTS[0], model="single", **long).token_ids
-        for _ in range(4):  # until it runs at w1
+        for _ in range(4):  # until the stream runs at w1
             stream = client.generate(PROMPTS[0], model="tiny", stream=True, **long)
             killed_s, ids = 0.0, list[int]()
             for event in stream:
@@ -132,7 +132,7 @@ def main() -> int:
         "--beside",
         default="",
         metavar="COMMAND",
-        help="starts the other node of the model in {model}; it is what is killed then",
+        help="starts another node for the model in {model}, which is then what is killed",
     )
     options = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -1,7 +1,7 @@
 """Many peers on one broker: memory, registration after a restart, dispatch, fairness, throughput.
 
-A thousand workers and ten thousand clients, each client with a stream, all in this process. Each
-has its own session on a plain socket (`tests.support.zmtp`).
+This process plays a thousand workers and ten thousand clients with a stream each. Every peer has
+its own session on a plain socket (`tests.support.zmtp`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def start(front: str, back: str, workers: int, clients: int) -> Process:
 
 
 def register(front: str, back: str, workers: int, clients: int) -> tuple[list[RawPeer], ...]:
-    """All peers connect and send HELLO at once, as after a restart without jitter."""
+    """Connect all peers, which send HELLO at once, as after a restart without jitter."""
     backs = [RawPeer(back) for _ in range(workers)]
     fronts = [RawPeer(front) for _ in range(clients)]
     for number, worker in enumerate(backs):
@@ -80,7 +80,7 @@ def restart(
     workers: int,
     clients: int,
 ) -> dict[str, float]:
-    """Seconds until it listens, seconds until all peers have a WELCOME, and its CPU per peer."""
+    """Seconds until it listens and until all peers have a WELCOME, and its CPU per peer."""
     began_s = time.monotonic()
     with begin(front, back, workers, clients) as process:
         up_s = time.monotonic()
@@ -99,7 +99,7 @@ def restart(
 
 
 def close(peers: Iterable[RawPeer]) -> None:
-    """Hang up."""
+    """Close all connections."""
     for peer in peers:
         peer.close()
 
@@ -117,12 +117,12 @@ class Grid:
         self.load: Counter[int] = Counter()
 
     def grant(self, slots: int) -> None:
-        """Make every worker ready, and let it grant `slots`."""
+        """Make every worker ready, and let it grant `slots` slots."""
         for worker in self.workers:
             worker.ready(MODELS, slots)
 
     def ask(self, slots: int) -> list[float]:
-        """Every client sends a request; returns the seconds from each request to its ASSIGN."""
+        """Send a request from every client; return the seconds from each to its ASSIGN."""
         sent: dict[bytes, tuple[float, RawPeer]] = {}
         waits: list[float] = []
         # A few at a time, to measure dispatch and not the load generator's backlog.
@@ -154,8 +154,10 @@ class Grid:
                         break
 
     def stream(self, steps: int) -> tuple[int, float]:
-        """Each worker sends one token to each of its streams, `steps` times. Returns the number of
-        messages and the seconds."""
+        """Send one token to each stream of each worker, `steps` times.
+
+        Returns the number of messages and the seconds that they took.
+        """
         body = encode_events([TokensEvent(new_id(), 0, 1000, [1234], " word")])
         end = zmtp.encode([body])
         size = len(zmtp.encode([bytes(32), body]))
@@ -177,7 +179,7 @@ class Grid:
 
 
 def dispatch_ms(client: RawPeer, watch: bus.Watch, count: int) -> list[float]:
-    """Milliseconds from REQUEST to ASSIGN, one request at a time on a broker full of peers."""
+    """Milliseconds from REQUEST to ASSIGN, one request at a time on a broker with many peers."""
     waits = []
     for _ in range(count):
         began = time.monotonic()
@@ -192,9 +194,11 @@ def dispatch_ms(client: RawPeer, watch: bus.Watch, count: int) -> list[float]:
 
 
 def fairness(front: str, back: str, heavy: int, light: int) -> tuple[int, int]:
-    """One client queues `heavy` requests, then another queues `light` ones, with one slot for all.
+    """Let one client queue `heavy` requests and another one `light` ones, with one slot for all.
+
     Returns how many assignments pass until the second client is served, and how many a first-come
-    queue would need."""
+    queue would need.
+    """
     worker = RawPeer(back)
     model = [ModelInfo(name="fair")]
     worker.hello("worker", "fair", models=model, capacity=1)
@@ -226,7 +230,7 @@ def jain(loads: Sequence[int]) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """All cases."""
+    """Measure all cases."""
     workers, clients = arguments.workers, arguments.clients
     _raise_descriptors(workers + clients + 256)
     report = Report(f"scale: {workers} workers, {clients} clients with a stream each, one broker")
@@ -274,7 +278,7 @@ def measure(arguments: argparse.Namespace) -> Report:
             report.add("scale.messages_per_s", Sample(tuple(rates)), "1/s", **case)
             for worker in first:
                 worker.granted = slots
-            # The streams hold every slot; grant one more each for the measurements one at a time.
+            # Streams hold every slot: grant one more each for the requests that come one at a time.
             for worker in first:
                 worker.granted += 1
                 worker.credit(worker.granted)

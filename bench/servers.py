@@ -1,11 +1,11 @@
-"""Servers that already run, killed under the bus: do their streams go on, and how exactly?
+"""OpenAI-compatible servers behind the bus are killed: do their streams go on, and unaltered?
 
     python -m bench.servers --name vllm --command 'vllm serve FOLDER --port {port} --dtype float32'
 
-starts two servers by that command and a worker of `--engine openai` before each. A greedy and a
-seeded answer are asked for undisturbed and with the server of the stream killed after some tokens;
-the killed one is started again for the next round. Prints what came out equal, and what the client
-was told. No performance is measured here.
+starts two servers by that command, each with a worker of `--engine openai` in front of it. Greedy
+and seeded answers are generated undisturbed, and then with the stream's server killed after some
+tokens; the killed server is started again for the next round. Prints which answers are equal, and
+what the client was told. No performance is measured here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Tally:
 
 
 class Servers:
-    """Two servers of one command."""
+    """Two servers started by the same command."""
 
     def __init__(self, command: str, folder: Path) -> None:
         self._command = command
@@ -60,7 +60,7 @@ class Servers:
         self._running[index] = ManagedProcess(f"server-{index}", command, self._folder)
 
     def wait(self, index: int) -> None:
-        """Until it lists its models."""
+        """Wait until a server lists its models."""
         until_s = time.monotonic() + START_S
         while time.monotonic() < until_s:
             try:
@@ -98,7 +98,7 @@ def _free_port() -> int:
 def _ask(
     client: Client, model: str, question: str, how: dict[str, Any], kill: Any = None, after: int = 0
 ) -> tuple[str, list[int], list[str], int]:
-    """Text, ids, how it was continued, and how often."""
+    """An answer: its text, its token ids, how it was continued, and how often."""
     texts: list[str] = []
     ids: list[int] = []
     told: list[str] = []
@@ -118,7 +118,7 @@ def _ask(
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Tally]:
-    """All rounds."""
+    """Run all rounds."""
     folder = Path(tempfile.mkdtemp(prefix="bench-servers-"))
     servers = Servers(arguments.command, folder)
     tallies = {"greedy": Tally(), "seeded": Tally()}
@@ -193,7 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.servers", description=__doc__)
     parser.add_argument("--name", default="server")
     parser.add_argument("--command", required=True, help="starts a server on {port}")
-    parser.add_argument("--model", default="", help="the server's name of the model")
+    parser.add_argument("--model", default="", help="the server's name for the model")
     parser.add_argument("--engine-arg", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=40)

@@ -1,10 +1,10 @@
-"""A fleet whose workers are jobs of a minute on a real Slurm: answers while jobs end all the time.
+"""Workers as one-minute jobs of a real Slurm: answers while jobs keep ending.
 
 Callers stream answers of 3 to 50 seconds from workers that `python -m worker slurm` submits and
-that their limit ends, so that the longest outlive the job that they began in. Each answer is
-compared, token for token, with what the echo engine must say. Between bursts nobody asks, until no
-job is left, so that the next burst has to wait for a job and is told so. Needs root and Debian's
-slurm-wlm and munge.
+that Slurm ends at their time limit, so the longest answers outlive the job in which they began.
+Each answer is compared token by token with what the echo engine must generate. Between bursts
+nobody asks until no job is left, so the next burst has to wait for a job, and is told so. Needs
+root, and slurm-wlm and munge from Debian.
 """
 
 from __future__ import annotations
@@ -36,39 +36,39 @@ MODEL = "echo"
 STEP_MS = 100
 SLOTS = 2
 JOBS = 2
-"""As many as the cluster of the tests has nodes."""
+"""As many as the test cluster has nodes."""
 CALLERS = 4
 TOKENS = (30, 200, 500)
 BURST_S = 200.0
-"""Callers ask for so long, then wait until all jobs have ended."""
+"""Callers ask for this long, then wait until all jobs have ended."""
 LOOK_S = 2.0
 END_S = 180.0
-"""Jobs of a minute have ended by then, with Slurm's own delays."""
+"""Time limit for the end of one-minute jobs, including Slurm's own delays."""
 
 
 @dataclass
 class Seen:
-    """What the run showed."""
+    """The results of the run."""
 
     answers: int = 0
     failed: list[str] = field(default_factory=list)
     lost: int = 0
     doubled: int = 0
     altered: int = 0
-    #: Times that a stream went on at another worker, and answers that had more than one.
+    #: How often a stream went on at another worker, and how many answers had more than one worker.
     moves: int = 0
     moved: int = 0
-    #: From the request to its first token, where a job had to be started for it; seconds.
+    #: Seconds from a request to its first token, if a job had to be started for it.
     waits_s: list[float] = field(default_factory=list)
-    #: The longest pause between two tokens of each answer that moved, seconds.
+    #: The longest pause between two tokens of each answer that moved, in seconds.
     pauses_s: list[float] = field(default_factory=list)
-    #: What waiting callers were told, without the number of the job.
+    #: What waiting callers were told, without job numbers.
     told: set[str] = field(default_factory=set)
     jobs: set[str] = field(default_factory=set)
 
 
 async def ask(client: AsyncClient, number: int, tokens: int, seen: Seen) -> None:
-    """One answer, compared with what it must be."""
+    """Read one answer and compare it with the right one."""
     prompt = f"question {number}"
     expected = [sampled_token(number, zlib.crc32(prompt.encode()), at) for at in range(tokens)]
     got: list[int] = []
@@ -113,7 +113,7 @@ async def ask(client: AsyncClient, number: int, tokens: int, seen: Seen) -> None
 
 
 async def caller(client: AsyncClient, which: int, until_s: float, seen: Seen) -> None:
-    """One answer after the other."""
+    """Ask for one answer after another."""
     rng = random.Random(which)
     number = 0
     while time.monotonic() < until_s:
@@ -122,13 +122,13 @@ async def caller(client: AsyncClient, which: int, until_s: float, seen: Seen) ->
 
 
 def running_jobs(environment: Mapping[str, str]) -> set[str]:
-    """Their numbers, those that wait included."""
+    """The numbers of all jobs, pending ones included."""
     command = ["squeue", "-h", "-o", "%i"]
     return set(subprocess.check_output(command, text=True, env=dict(environment)).split())
 
 
 async def watch(environment: Mapping[str, str], seen: Seen) -> None:
-    """Count jobs."""
+    """Collect job numbers."""
     while True:
         seen.jobs |= await asyncio.to_thread(running_jobs, environment)
         await asyncio.sleep(LOOK_S)
@@ -137,7 +137,7 @@ async def watch(environment: Mapping[str, str], seen: Seen) -> None:
 async def burst(
     front: str, which: int, until_s: float, environment: Mapping[str, str], seen: Seen
 ) -> None:
-    """Callers ask until then; ends when the last answer has ended and no job is left."""
+    """Run one burst of callers; ends when the last answer has ended and no job is left."""
     async with AsyncClient(front) as client:
         watching = asyncio.create_task(watch(environment, seen))
         callers = (caller(client, which * 100 + at, until_s, seen) for at in range(CALLERS))
@@ -145,7 +145,7 @@ async def burst(
         end_s = time.monotonic() + END_S
         while await asyncio.to_thread(running_jobs, environment):
             if time.monotonic() > end_s:
-                raise RuntimeError(f"jobs are left {END_S:g} s after the last answer")
+                raise RuntimeError(f"jobs still run {END_S:g} s after the last answer")
             await asyncio.sleep(LOOK_S)
         watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -156,7 +156,7 @@ async def burst(
 def launcher(
     local: LocalBus, folder: Path, environment: Mapping[str, str]
 ) -> Iterator[ManagedProcess]:
-    """`python -m worker slurm`."""
+    """Run `python -m worker slurm`."""
     command = python("-m", "worker", "slurm", "--front", local.front)
     command += ["--time", "1", "--max", str(JOBS), "--idle-s", "5", "--lead-s", "25"]
     command += ["--output", str(folder / "job-%j.log"), "--", "--broker", local.back]
@@ -168,7 +168,7 @@ def launcher(
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> Report:
-    """Bursts until the time is over."""
+    """Run bursts until the time is over."""
     seen = Seen()
     bursts = 0
     with (
@@ -189,8 +189,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Report:
 
 
 def reported(seen: Seen, bursts: int, took_s: float) -> Report:
-    """The figures, and what is wrong."""
-    report = Report("answers of workers that are Slurm jobs of a minute")
+    """The figures and the failures."""
+    report = Report("answers of workers that are one-minute Slurm jobs")
     report.add("slurm.minutes", took_s / 60, "min", bursts=bursts)
     report.add("slurm.jobs", len(seen.jobs), "jobs")
     report.add("slurm.answers", seen.answers, "answers")
@@ -212,8 +212,10 @@ def reported(seen: Seen, bursts: int, took_s: float) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run and report."""
-    parser = options("Answers while Slurm jobs of a minute end all the time.")
-    parser.add_argument("--minutes", type=float, default=None, help="[20; quick: 3]")
+    parser = options("Answers while one-minute Slurm jobs keep ending.")
+    parser.add_argument(
+        "--minutes", type=float, default=None, help="minutes of the run [20; quick: 3]"
+    )
     arguments = parser.parse_args(argv)
     arguments.minutes = arguments.minutes or (3.0 if arguments.quick else 20.0)
     if why := slurm.missing():

@@ -1,7 +1,7 @@
 """Start-up: import time, time from start to the first accepted request, resident memory.
 
-Each figure comes from fresh processes, with files in the page cache, beside FastChat's controller,
-worker and API server.
+Each figure comes from new processes, with files in the page cache. The peers are FastChat's
+controller, worker and API server.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ IMPORTS = {
     "dependencies": "import zmq, msgpack, msgspec",
     "dependencies and asyncio": "import zmq, msgpack, msgspec, asyncio",
 }
-"""What is imported; the last two are the floor, the client library's dependencies."""
+"""What is imported; the last two are the lower bound: the client library's dependencies."""
 
 IMPORT_LIMIT_MS = 150.0
 MIB = 1 << 20
@@ -144,7 +144,7 @@ def client_start() -> dict[str, float]:
 
 
 def fastchat_start() -> dict[str, float]:
-    """Start controller, worker and API server, one after the other, until each listens."""
+    """Start controller, worker and API server one after another, until each listens."""
     began = time.perf_counter()
     with fastchat_servers(repaired=True) as (_, _, parties):
         took = time.perf_counter() - began
@@ -153,7 +153,7 @@ def fastchat_start() -> dict[str, float]:
 
 
 def fastchat_controller_start() -> dict[str, float]:
-    """The same for FastChat's controller, the counterpart of the broker."""
+    """Start FastChat's controller, the counterpart of the broker, until it listens."""
     interpreter = FASTCHAT / ".venv" / "bin" / "python"
     if not interpreter.exists():
         raise Unavailable("FastChat is not installed: run bench/peers/fastchat/install.sh")
@@ -167,7 +167,7 @@ def fastchat_controller_start() -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """All cases."""
+    """Measure all cases."""
     report = Report("start: imports, first accepted request, memory")
     times = repeats(arguments)
 

@@ -1,10 +1,9 @@
-"""Streaming through the whole bus: tokens/s, time to first token, time between tokens, CPU per
-token.
+"""Streaming through the whole bus: tokens/s, latencies, and CPU per token.
 
-Broker, worker (with the echo engine in its own process) and the client library, at 1 to 1,024
-streams, beside FastChat, NATS and plain ZeroMQ with token sources that do as little. Paced runs use
-an engine whose tokens carry the time at which they were made, so the one-way delay is measured, not
-estimated.
+Broker, worker (with the echo engine in its own process) and client library carry 1 to 1,024
+streams, beside FastChat, NATS and plain ZeroMQ with token sources that do as little as the echo
+engine. Latencies are the time to first token, the time between tokens and the one-way delay, which
+paced runs measure with an engine whose tokens carry the time at which they were made.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ STEP_MS = 20
 
 
 async def run(system: System, streams: int, tokens: int) -> dict[str, float]:
-    """Start `streams` streams at once and read all to the end; returns the figures of this run."""
+    """Start `streams` streams at once and read all to the end; return the figures of this run."""
     gc.collect()
     before = {name: sum(map(cpu_s, pids)) for name, pids in system.parties.items()}
     client, wall = time.process_time(), time.monotonic()
@@ -74,7 +73,7 @@ async def run(system: System, streams: int, tokens: int) -> dict[str, float]:
     if gaps:
         figures["between_ms_p50"] = percentile(gaps, 50) * 1e3
         figures["between_ms_p99"] = percentile(gaps, 99) * 1e3
-    # The delay of a token must not include the burst of requests at the start.
+    # Delays must not include those of the burst of requests at the start.
     settled_s = max(arrivals.at_s[0] for arrivals in seen)
     delays = [
         delay
@@ -91,7 +90,7 @@ async def run(system: System, streams: int, tokens: int) -> dict[str, float]:
 async def attempt(
     report: Report, name: str, system: System, streams: int, tokens: int
 ) -> dict[str, float] | None:
-    """The figures of a run; None if a peer failed, which the report notes."""
+    """Run a system; return None if it is a peer and failed, which the report notes."""
     try:
         return await run(system, streams, tokens)
     except Exception as error:
@@ -107,8 +106,7 @@ Figures = dict[str, Sample]
 async def compare(
     report: Report, opened: dict[str, tuple[Open, int]], streams: int, times: int
 ) -> dict[str, Figures]:
-    """Run several systems in turn for `times` rounds, each with its own number of tokens a
-    stream."""
+    """Run several systems in turn for `times` rounds, each with its own tokens per stream."""
     seen: dict[str, dict[str, list[float]]] = {}
     async with contextlib.AsyncExitStack() as stack:
         systems_open: dict[str, tuple[System, int]] = {}
@@ -191,10 +189,10 @@ def _echo(streams: int, *arguments: str) -> Open:
 
 
 async def unpaced(report: Report, arguments: argparse.Namespace, streams: int, times: int) -> None:
-    """As fast as all parties can go."""
+    """Measure streams that run as fast as all parties can go."""
     # Below 64 tokens, the cost is that of the requests, not of the tokens.
     tokens = max(64, min(256, arguments.tokens // streams))
-    # FastChat, as shipped, sends data that grows with the square of an answer, so it gets less.
+    # What FastChat sends as shipped grows with the square of an answer, so it gets less to do.
     few = max(8, tokens // 4)
     # LiteLLM takes longer to start than the quick run may take.
     slow = set() if streams <= arguments.slow_streams and not arguments.quick else {"litellm"}
@@ -235,8 +233,8 @@ async def unpaced(report: Report, arguments: argparse.Namespace, streams: int, t
 
 
 async def in_batches(report: Report, streams: int, tokens_per_event: int, times: int) -> None:
-    """Engines that generate several tokens of a stream per step, as with speculative decoding."""
-    tokens = 128 * tokens_per_event  # long answers, so that the start of all requests counts little
+    """Measure an engine that generates several tokens per step, as with speculative decoding."""
+    tokens = 128 * tokens_per_event  # long answers, so that the start of the requests hardly counts
     open_ = _echo(streams, f"tokens_per_step={tokens_per_event}")
     seen = await compare(report, {"tokenbus": (open_, tokens)}, streams, times)
     case = {
@@ -249,7 +247,7 @@ async def in_batches(report: Report, streams: int, tokens_per_event: int, times:
 
 
 async def paced(report: Report, streams: int, seconds: float, times: int) -> None:
-    """Every stream gets a token every 20 ms; measures the delay from engine to application."""
+    """Give every stream a token every 20 ms; measure the delay from engine to application."""
     tokens = max(8, int(seconds * 1000 / STEP_MS))
 
     def open_() -> contextlib.AbstractAsyncContextManager[System]:
@@ -270,14 +268,14 @@ async def paced(report: Report, streams: int, seconds: float, times: int) -> Non
 
 
 def _wakes(system: System) -> dict[str, int]:
-    """How often each party's threads were woken up, so far."""
+    """How often each party's threads have been woken up so far."""
     parties = {**system.parties, "client": [os.getpid()]}
     seen = {party: sum(map(wakes, members)) for party, members in parties.items()}
     return {**seen, "all": sum(seen.values())}
 
 
 async def first_token(report: Report, arguments: argparse.Namespace, requests: int) -> None:
-    """One stream at a time, one token each: how long a request takes, beside plain ZeroMQ."""
+    """Measure how long requests for one token take, one at a time, beside plain ZeroMQ."""
 
     async def one_by_one(system: System) -> list[float]:
         times: list[float] = []
@@ -335,7 +333,7 @@ async def first_token(report: Report, arguments: argparse.Namespace, requests: i
 
 
 async def measure(arguments: argparse.Namespace) -> Report:
-    """All cases."""
+    """Measure all cases."""
     report = Report("stream: broker, worker and client library")
     times = repeats(arguments)
     quick = arguments.quick
@@ -357,7 +355,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--paced", type=integers, help="list of stream counts, a token every 20 ms")
     parser.add_argument("--tokens", type=int, default=16_384, help="about how many tokens per run")
     parser.add_argument(
-        "--slow-streams", type=int, default=64, help="most streams given to FastChat and LiteLLM"
+        "--slow-streams",
+        type=int,
+        default=64,
+        help="the most streams that FastChat and LiteLLM get",
     )
     arguments = parser.parse_args(argv)
     asyncio.run(measure(arguments)).finish(arguments, plot)

@@ -1,12 +1,12 @@
-"""Two models that do not fit together, one worker, sixteen clients: swaps, their share, the waits.
+"""Two models that do not fit into memory together, one worker, sixteen clients: swaps and waits.
 
     python -m bench.swap [--seconds 60] [--load-ms 2000] [--factor 5]
     python -m bench.swap --engine transformers --models A,B
 
-Half of the clients ask each model, again as soon as they are answered: both are always asked for,
-and the bound holds, a swap for each turn of `--factor` loads. With `--roam` each draws its
-next model: then the loaded one soon has nothing to do, since all wait for the other, and gives
-way.
+Half of the clients ask for each model, and ask again as soon as they are answered. So both models
+are always in demand, and the bound holds: a model stays for at least `--factor` times the time of a
+load. With `--roam`, each client draws its next model: then the loaded one soon has nothing to do,
+since all clients wait for the other, and it is swapped out earlier.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m bench.swap", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--load-ms", type=int, default=2000, help="of the echo engine")
+    parser.add_argument("--load-ms", type=int, default=2000, help="load time of the echo engine")
     parser.add_argument("--factor", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--models", default="a,b")
     parser.add_argument("--engine", default="echo")
     parser.add_argument(
-        "--roam", action="store_true", help="each client draws its next model [it stays with one]"
+        "--roam", action="store_true", help="each client draws its next model [each stays with one]"
     )
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-swap-"))
@@ -84,8 +84,8 @@ def main() -> int:
         print(f"| {model} | {len(taken)} | {mean_s:.1f} | {max(taken, default=0):.1f} |")
     share = sum(loads) / took_s
     print(
-        f"{took_s:.0f} s, {swaps} swaps of {load_s:.1f} s (drain included), {share:.0%} of it; "
-        f"at most {bound:.0f} swaps within the bound; {moves} streams moved"
+        f"{took_s:.0f} s, {swaps} swaps of {load_s:.1f} s (drain included), {share:.0%} of the "
+        f"time; the bound allows {bound:.0f} swaps; {moves} streams moved"
     )
     return 0
 

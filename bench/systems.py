@@ -1,8 +1,8 @@
 """Systems that stream tokens, ours and the peers, each with its servers, behind one interface.
 
-`System.stream(tokens)` returns the times at which the pieces arrived. The HTTP systems are driven
-by the cheapest possible client (a socket that counts delimiters), so that their figures are those
-of the servers and not of a library. The bus is driven by its own client library, decoding included.
+`System.stream(tokens)` returns the times at which the pieces arrived. HTTP systems are driven by
+the cheapest possible client (a socket that counts delimiters), so that their figures are those of
+the servers, not of a library. The bus is driven by its own client library, decoding included.
 """
 
 from __future__ import annotations
@@ -75,8 +75,10 @@ def bus_servers(
     options: Sequence[str] = (),
     ready_s: float = READY_S,
 ) -> Iterator[tuple[str, dict[str, list[int]]]]:
-    """A broker with ready workers: yields its front address and the processes by party. `options`
-    are additional options of the worker."""
+    """A broker with ready workers: yields its front address and the processes by party.
+
+    `options` are additional options of the worker.
+    """
     arguments = [part for item in engine_arguments for part in ("--engine-arg", item)]
     arguments += ["--slots", str(slots), *options]
     limits = ("--inflight", "100000", "--queue-requests", "100000")
@@ -90,13 +92,13 @@ def bus_servers(
 
 
 class Bus:
-    """The client library's asyncio face, one client for all streams."""
+    """The client library, with one `AsyncClient` for all streams."""
 
     def __init__(self, client: Any, parties: dict[str, list[int]], clock: bool, model: str) -> None:
         self.client = client
         self.model = model
         self.parties = parties
-        #: The text of a token is the time at which it was made (`bench.clock_engine`).
+        #: Whether the text of a token is the time at which it was made (`bench.clock_engine`).
         self.clock = clock
         self.prompts: Iterator[str] = itertools.repeat("x")
         self.params: dict[str, Any] = {"ignore_eos": True}
@@ -170,7 +172,7 @@ class Http:
         self.limit_field = limit_field
         #: Occurs once in each piece.
         self.piece = piece
-        #: Ends a good answer.
+        #: Occurs at the end of a complete answer.
         self.last = last
         self.parties = parties
 
@@ -198,8 +200,10 @@ class Http:
 
 @contextlib.contextmanager
 def fastchat_servers(repaired: bool) -> Iterator[tuple[int, int, dict[str, list[int]]]]:
-    """FastChat's controller and API server with a null worker; yields the ports of worker and API
-    server, and the processes."""
+    """FastChat's controller and API server with a null worker.
+
+    Yields the ports of worker and API server, and the processes.
+    """
     interpreter = FASTCHAT / ".venv" / "bin" / "python"
     if not interpreter.exists():
         raise Unavailable("FastChat is not installed: run bench/peers/fastchat/install.sh")
@@ -297,7 +301,7 @@ ROUTERS = {
         "{worker}/v1",
     ),
 }
-"""How to start each router: a line of Python and its arguments."""
+"""How to start each router: a Python program and its arguments."""
 ROUTER_READY_S = 120.0
 """LiteLLM takes half a minute to load on a busy machine."""
 
@@ -317,10 +321,10 @@ async def router_system(name: str) -> AsyncIterator[Http]:
     command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {
         "OPENAI_API_KEY": "none",
-        # LiteLLM would download its price list at start, and needs a key even on the loopback.
+        # Otherwise, LiteLLM downloads its price list at start, and needs a key even on loopback.
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
-        # LiteLLM would take a mock that repeats its word for a model stuck in a loop.
+        # Otherwise, LiteLLM takes a mock that repeats its word for a model that is stuck in a loop.
         "REPEATED_STREAMING_CHUNK_LIMIT": "1000000000",
     }
     with (
@@ -344,7 +348,7 @@ async def router_system(name: str) -> AsyncIterator[Http]:
 
 
 async def _answers(system: Http, router: Process) -> None:
-    """Wait until a request is answered: routers listen before they know their workers."""
+    """Wait until a request is answered, since routers listen before they know their workers."""
     for attempt in range(150):
         router.check()
         try:
@@ -360,7 +364,7 @@ async def _answers(system: Http, router: Process) -> None:
 
 
 class Nats:
-    """One subscription for all streams, as in nats-py's own request-reply."""
+    """NATS, with one subscription for all streams, as in nats-py's own request-reply."""
 
     def __init__(self, connection: Any, parties: dict[str, list[int]]) -> None:
         self.connection = connection
@@ -369,7 +373,7 @@ class Nats:
         self.inbox = connection.new_inbox()
 
     async def open(self) -> None:
-        """Subscribe."""
+        """Subscribe to the replies."""
 
         async def arrived(message: Any) -> None:
             _arrived(self.streams, message.data)
@@ -400,7 +404,7 @@ def _arrived(streams: dict[bytes, tuple[Arrivals, asyncio.Future[None]]], body: 
     if last:
         del streams[id_]
         if offset + 1 != len(arrivals.at_s):
-            over.set_exception(RuntimeError(f"{offset + 1} tokens, {len(arrivals.at_s)} arrived"))
+            over.set_exception(RuntimeError(f"{len(arrivals.at_s)} of {offset + 1} tokens arrived"))
         else:
             over.set_result(None)
 
@@ -430,7 +434,7 @@ async def nats_system() -> AsyncIterator[Nats]:
 
 
 class PlainZmq:
-    """DEALER, `zmq.proxy`, DEALER: no sessions, no credit, one message per token."""
+    """Plain ZeroMQ: DEALER, `zmq.proxy`, DEALER; no sessions, no credit, one message per token."""
 
     def __init__(self, socket: Any, parties: dict[str, list[int]]) -> None:
         self.socket = socket

@@ -1,9 +1,9 @@
-"""Honest waiting: when requests were told that they should start, and when they did.
+"""Announced waits: when requests were told that they would start, and when they did.
 
-People ask at random times, now more and now fewer than the slots serve, with answers of unlike
-length whose `max_tokens` are of little help. Of each request that waited, what it was told first is
-compared with what came of it. The peer is what a gateway that knows only places would say: the
-place in the queue times the mean service time, over the slots. Echo engine.
+People ask at random times, sometimes more and sometimes fewer than the slots can serve, for answers
+of different lengths that `max_tokens` hardly predicts. For each request that waited, the first
+announced wait is compared with the actual one. The peer is the estimate of a gateway that knows
+only places: the place in the queue times the mean service time, divided by the slots. Echo engine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PREFILL_MS = 50
 TOKENS = (10, 40, 150)
 MOST_TOKENS = 200
 LOADS = (1.5, 0.6)
-"""Of the slots, in turn for so many seconds each: the queue grows and shrinks."""
+"""Arrivals over what the slots can serve, in turn for PHASE_S each: the queue grows and shrinks."""
 PHASE_S = 8.0
 SHORTEST_S = 0.25
 """Shorter waits are not compared: they are mostly round trips."""
@@ -38,7 +38,7 @@ SHORTEST_S = 0.25
 
 @dataclass
 class Seen:
-    """What one run showed."""
+    """The results of one run."""
 
     #: The announced wait, the wait that the place alone predicts, and the actual one, in seconds.
     waits: list[tuple[float, float, float]] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Seen:
 
 
 async def person(client: AsyncClient, number: int, tokens: int, seen: Seen) -> None:
-    """One question, which is answered by its own words."""
+    """Ask one question, which the echo engine answers with its own words."""
     words = " ".join(f"w{number + at}" for at in range(tokens))
     stream = await client.generate(
         words, model="echo", max_tokens=MOST_TOKENS, stream=True, timeout=Timeout(queue=3600)
@@ -71,7 +71,7 @@ async def person(client: AsyncClient, number: int, tokens: int, seen: Seen) -> N
 
 
 async def run(front: str, seconds: float, seed: int) -> Seen:
-    """One run of so many seconds, and until the queue is empty."""
+    """One run of this many seconds, which ends once the queue is empty."""
     rng = random.Random(seed)
     seen = Seen()
     mean_s = (PREFILL_MS + statistics.fmean(TOKENS) * STEP_MS) / 1000
@@ -92,8 +92,8 @@ def errors(seen: Seen, which: int) -> list[float]:
 
 
 def measure(arguments: argparse.Namespace) -> Report:
-    """All rounds, at one bus that learns."""
-    report = Report(f"waits as told and as they were, {SLOTS} slots of the echo engine")
+    """Run all rounds on one bus, which learns."""
+    report = Report(f"announced and actual waits, {SLOTS} slots of the echo engine")
     figures: dict[str, list[float]] = {}
     peers: dict[str, list[float]] = {}
     with bus.running() as local:
@@ -133,8 +133,10 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run and report."""
-    parser = options("When waiting requests were told that they should start, and when they did.")
-    parser.add_argument("--seconds", type=float, default=None, help="of each run [120; quick: 16]")
+    parser = options("When waiting requests were told that they would start, and when they did.")
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="seconds of each run [120; quick: 16]"
+    )
     arguments = parser.parse_args(argv)
     arguments.seconds = arguments.seconds or (16.0 if arguments.quick else 120.0)
     measure(arguments).finish(arguments)

@@ -1,1 +1,1 @@
-"""Systems to compare the bus with: plain forwarders, null workers, installers."""
+"""Peers of the bus: plain forwarders, token sources, installers."""

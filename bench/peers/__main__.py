@@ -1,15 +1,15 @@
-"""The plain ZeroMQ forwarders to compare the broker with, each in its own process.
+"""Plain ZeroMQ forwarders, the peers of the broker, each in its own process.
 
 `python -m bench.peers NAME FRONT BACK` binds both endpoints, prints `ready` and forwards until it
 is killed. They check nothing: no session, no sequence, no credit. Never part of the bus.
 
 * zmq_proxy: `zmq.proxy`, ROUTER in front, DEALER at the back; the worker puts the client's id
-first. * monitored_queue: pyzmq's ROUTER-ROUTER queue, which swaps the two ids in front of a
-message. * python_floor: the least that a forwarder in Python can do with the bus's own frames: six
-direct
-  socket calls, one look-up, a new header. The broker's cost above that is its checks.
-* welcome: two ROUTERs that answer every message with the bytes of a WELCOME: the cost of a new peer
-  in ZeroMQ itself.
+  first.
+* monitored_queue: pyzmq's ROUTER-ROUTER queue, which swaps the two ids in front of a message.
+* python_floor: the least that a forwarder in Python can do with the bus's own frames: six direct
+  socket calls, one look-up, a new header. What the broker costs beyond that is its checks.
+* welcome: two ROUTERs that answer every message with the bytes of a WELCOME, which shows the cost
+  of a new peer in ZeroMQ itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IO_THREADS = 1
 
 def _bound(context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str) -> zmq.Socket[bytes]:
     bound = context.socket(kind)
-    bound.set_hwm(100_000)  # a ROUTER drops beyond it
+    bound.set_hwm(100_000)  # beyond it, a ROUTER drops messages
     bound.bind(endpoint)
     return bound
 

@@ -1,9 +1,9 @@
 """Token sources for peers that are not LLM servers: NATS, plain ZeroMQ, and HTTP routers.
 
-`python -m bench.peers.null_workers nats PORT`, `... zmq ENDPOINT` or `... http PORT`. The last
-serves OpenAI's chat route, with one server-sent event per token. For the others, a request is [id,
-tokens, step in ms] as msgpack. Every step sends one message per stream, as such systems do without
-batching: one event [id, offset, token ids, text, last] as msgpack.
+`python -m bench.peers.null_workers nats PORT`, `... zmq ENDPOINT` or `... http PORT`. The last one
+serves OpenAI's chat route, with one server-sent event per token. For the others, a request is
+[id, tokens, step in ms] as msgpack; each step sends one message per stream, as systems without
+batching do: an event [id, offset, token ids, text, last] as msgpack.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ QUEUE = "tokens"
 
 
 def event(id_: bytes, offset: int, last: bool) -> bytes:
-    """One token."""
+    """The message of one token."""
     return msgpack.packb([id_, offset, [1234], " word", last])
 
 

@@ -1,1 +1,1 @@
-"""vLLM and llama.cpp for `bench.engine`: their installer, and each of them in one process."""
+"""vLLM and llama.cpp for `bench.engine`: an installer, and each engine in one process."""

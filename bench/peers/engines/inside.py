@@ -1,9 +1,9 @@
 """An engine in a process of its own, without a server: one line of JSON for each run.
 
-The line {"prompts": [[id, ...], ...], "new": tokens} is answered by {"started": s, "at": [[s, ...],
-...]}: when all prompts were handed over, and when each token of each came, in seconds of
-`time.monotonic`; or by {"error": text}, and the engine goes on. Before the first, the line "ready".
-Imports nothing of ours, since peers' own interpreters run it.
+The process first writes the line "ready". The line {"prompts": [[id, ...], ...], "new": tokens} is
+answered by {"started": s, "at": [[s, ...], ...]}: when the prompts were handed over, and when each
+token of each answer came, in seconds of `time.monotonic`; or by {"error": text}, after which the
+engine goes on. Imports nothing of ours, since the peers' own interpreters run it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ Answer = Callable[[Run], None]
 
 
 def serve() -> Answer:
-    """Call it before anything may print: what a library writes to standard output goes to standard
-    error from now on. Returns the loop, which ends with standard input."""
+    """Redirect standard output and return the loop that answers lines, which ends with stdin.
+
+    Call this before anything can print: from then on, what a library writes to standard output goes
+    to standard error.
+    """
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 

@@ -1,10 +1,9 @@
-"""llama.cpp's server in one process, without HTTP, for `bench.engine`: run by the interpreter of
-llamacpp/.venv.
+"""llama.cpp's server in one process, without HTTP, for `bench.engine`.
 
     python inside_llamacpp.py FILE SLOTS CONTEXT [PORT]
 
-Speaks `inside.serve`'s lines. With PORT it serves HTTP there instead, until it is killed. CONTEXT
-is a request's.
+Runs in llamacpp/.venv and speaks the lines of `inside.serve`. With PORT it serves HTTP there
+instead, until it is killed. CONTEXT is the context of one request, in tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def _server(file: str, slots: int, context: int, port: int) -> Any:
     params.n_ctx = slots * context
     params.n_gpu_layers = 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    # The weights are float32; so are keys and values, in its kernels without flash attention.
+    # Weights, keys and values are float32, which its kernels support without flash attention.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_prompt = False
@@ -39,7 +38,7 @@ def _server(file: str, slots: int, context: int, port: int) -> Any:
 
 
 def main() -> None:
-    """Load the model and answer, or serve."""
+    """Load the model and answer lines, or serve HTTP."""
     file, slots, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if len(sys.argv) > 4:
         server = _server(file, slots, context, int(sys.argv[4]))

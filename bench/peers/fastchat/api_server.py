@@ -1,10 +1,10 @@
 """FastChat's OpenAI API server, as shipped or with one line repaired.
 
-`generate_completion_stream` opens `httpx.AsyncClient()` for every request, and every such client
-loads the machine's certificates into a new TLS context, though the worker speaks plain HTTP. With
-`--repaired` that client is made with `verify=False`, which is the whole difference.
+`generate_completion_stream` opens an `httpx.AsyncClient()` for every request, and each of them
+loads the machine's certificates into a new TLS context, although the worker speaks plain HTTP. With
+`--repaired`, that client is made with `verify=False`; that is the only difference.
 
-Runs in FastChat's environment (README.md beside this file), never in the project's.
+Runs in FastChat's environment (install.sh beside this file), never in the project's.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 #!/bin/sh
-# FastChat in an environment of its own, beside this file: .venv (ignored by git). Its API server
-# cannot stream with pydantic 2 (`chunk.json(ensure_ascii=...)` raises there).
+# Installs FastChat in an environment of its own beside this file: .venv (ignored by git). Its API
+# server cannot stream with pydantic 2, where `chunk.json(ensure_ascii=...)` raises.
 #
-# --with-model: torch and transformers too, for its real model worker (bench.engine). TORCH names
-# the requirement of torch; where plain `torch` would bring a GPU's libraries, point pip at a CPU
-# build. FastChat 0.2.36 reads `rope_scaling` in a way that transformers 5 does not know.
+# --with-model: also torch and transformers, for its real model worker (bench.engine). TORCH names the
+# torch requirement; if plain `torch` would bring a GPU's libraries, point pip at a CPU build. FastChat
+# 0.2.36 reads `rope_scaling` in a way that transformers 5 does not support.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 "${PYTHON:-python3}" -m venv "$here/.venv"

@@ -1,9 +1,8 @@
 """A FastChat worker without a model: FastChat's own worker server around a source of words.
 
-Runs in FastChat's environment (README.md beside this file), never in the project's. The HTTP
-server, its routes, the semaphore and the heartbeats are FastChat's; only the token source is ours,
-and it does as little as it can. The answer is sent as FastChat's workers send it: all text so far,
-each time.
+Runs in FastChat's environment (install.sh beside this file), never in the project's. HTTP server,
+routes, semaphore and heartbeats are FastChat's; only the token source is ours, and does as little
+as possible. Answers are sent as FastChat's workers send them: each time all text so far.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ class NullWorker(BaseModelWorker):
     def make_conv_template(
         self, conv_template: str | None = None, model_path: str | None = None
     ) -> Conversation:
-        """A plain template; FastChat's own look-up would import torch."""
+        """A plain template, since FastChat's own look-up would import torch."""
         return get_conv_template("zero_shot")
 
     def count_token(self, params: dict) -> dict:
-        """Words of the prompt."""
+        """Count the words of the prompt."""
         return {"count": len(params["prompt"].split()), "error_code": 0}
 
     def generate_stream_gate(self, params: dict) -> Iterator[bytes]:
-        """The answer, cumulative, as `model_worker.py` sends it."""
+        """The cumulative answer, as `model_worker.py` sends it."""
         total = int(params.get("max_new_tokens", 256))
         text = ""
         for number in range(1, total + 1):

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The HTTP routers that people use, each in an environment of its own beside this file (ignored by
-# git): smg/.venv, vllm_router/.venv, litellm/.venv.
+# Installs popular HTTP routers, each in an environment of its own beside this file (ignored by git):
+# smg/.venv, vllm_router/.venv, litellm/.venv.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 install() {
