@@ -24,7 +24,6 @@ from broker.protocol import codec
 from broker.protocol.errors import ErrorCode, ErrorInfo
 from broker.protocol.limits import MAX_REQUEST_BYTES
 from broker.protocol.messages import (
-    FailedModel,
     FinishReason,
     ModelInfo,
     PromptEvent,
@@ -39,7 +38,7 @@ from client.options import Retry, Timeout
 from worker.core import events as above
 from worker.core.instructions import Log
 from worker.engines.base import Capabilities, Ended, Failed, FailedLoad, PromptFacts, Tokens
-from worker.relay.survey import Survey, SurveyError, read
+from worker.relay.survey import SAME_S, Survey, SurveyError, failures, read
 
 ASK_S: Final = 1.0
 """Interval between two surveys of the lower bus."""
@@ -51,9 +50,6 @@ ANSWER_S: Final = 3.0
 KEPT_MODEL_S: Final = 10.0
 """How long a model stays offered, without a slot, after its last worker left: a broker that has
 just been restarted knows its workers only a moment later."""
-SAME_S: Final = 1.0
-"""A time of the lower bus that changes by less is not reported again: when it ends, when it loads a
-model again."""
 LOOP_S: Final = 5.0
 """In a loop of relays, the one whose name sorts first leaves at once, the others after this
 delay."""
@@ -503,7 +499,7 @@ class RelayCore:
             name: running.count(name) + (0 if looped else free_of)
             for name, free_of in survey.free_of.items()
         }
-        self._failed = {} if looped else {one.name: self._failure(one) for one in survey.failed}
+        self._failed = {} if looped else failures(survey, self._failed, self._now_s)
         for name in self._failed:
             self._models.pop(name, None)
         served = {info.name for info in survey.models}
@@ -523,15 +519,6 @@ class RelayCore:
                 )
             )
         )
-
-    def _failure(self, one: FailedModel) -> FailedLoad:
-        """A failed load below, the time of the next one as it was told first."""
-        retry_s = None if one.retry_in_ms is None else self._now_s + one.retry_in_ms / 1000
-        before = self._failed.get(one.name)
-        known_s = None if before is None else before.retry_s
-        if retry_s is not None and known_s is not None and abs(retry_s - known_s) < SAME_S:
-            retry_s = known_s
-        return FailedLoad(one.name, one.cause, retry_s)
 
     def _tell_end(self, survey: Survey) -> None:
         """The broker above moves streams away before the last worker here ends."""

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from broker.protocol.messages import FailedModel, ModelInfo, kind_fields
+from worker.engines.base import FailedLoad
+
+SAME_S: Final = 1.0
+"""A time of the lower bus that changes by less is not reported again: when it ends, when it loads a
+model again."""
 
 
 class SurveyError(Exception):
@@ -107,6 +112,22 @@ def read(workers: Any, models: Any, failed_loads: Any = ()) -> Survey:
         ends_in_ms=ends_in_ms,
         ends_why=ends_why,
     )
+
+
+def failures(
+    survey: Survey, known: Mapping[str, FailedLoad], now_s: float
+) -> dict[str, FailedLoad]:
+    """What the bus cannot load, by model. The time of the next attempt stays as it was `known`,
+    as far as it is the same."""
+    found: dict[str, FailedLoad] = {}
+    for one in survey.failed:
+        retry_s = None if one.retry_in_ms is None else now_s + one.retry_in_ms / 1000
+        before = known.get(one.name)
+        known_s = None if before is None else before.retry_s
+        if retry_s is not None and known_s is not None and abs(retry_s - known_s) < SAME_S:
+            retry_s = known_s
+        found[one.name] = FailedLoad(one.name, one.cause, retry_s)
+    return found
 
 
 def _end(rows: list[_WorkerRow]) -> tuple[int | None, str]:
