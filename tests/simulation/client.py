@@ -204,7 +204,9 @@ class SimClient(Party):
                     call.unheard += call.begun
                     call.begun = False
                     call.gave_way += any(words in item.reason for words in GIVING_WAY)
-                    call.blamed.update(self.core._requests.exchanges[id_].lost_workers)
+                    # It may have ended in the same pass.
+                    if exchange := self.core._requests.exchanges.get(id_):
+                        call.blamed.update(exchange.lost_workers)
                     call.queued_s, call.lost_s = math.inf, min(call.lost_s, self.world.now_s)
                     self.world.note(self.name, f"{id_.hex()[:8]} recovers: {item.reason}")
                 case BusError() if item.details.get(LOAD_FAILED) and item.retry_after_ms:
