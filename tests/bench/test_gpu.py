@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench.common import ROOT
+from bench.gpu import main
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
@@ -37,15 +38,18 @@ def test_a_tiny_run_measures_steps_and_prefill_beside_their_floors(tmp_path: Pat
 
 
 @needs_no_gpu
-def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
-    run = gpu("--tiny", "--seconds", "0", "--without", "vllm")
-    assert run.returncode == 0, run.stderr
+def test_what_there_is_no_time_for_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--seconds", "0", "--without", "vllm"])
+    main()
+    said = capsys.readouterr().out
     for variant in ("graphs", "no_graphs", "8bit", "4bit"):
-        assert f"note: {variant} was left out: no time was left" in run.stdout
+        assert f"note: {variant} was left out: no time was left" in said
 
 
 @needs_no_gpu
-def test_without_a_gpu_it_says_how_to_try_it() -> None:
-    run = gpu()
-    assert run.returncode == 1
-    assert run.stderr == "there is no CUDA device; --tiny checks the script on a CPU\n"
+def test_without_a_gpu_it_says_how_to_try_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit, match="there is no CUDA device; --tiny checks the script on a"):
+        main()

@@ -49,7 +49,7 @@ def test_the_document_and_the_answers_agree(gateway: GatewayProcess, tmp_path: P
     done = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", str(file), "--url", gateway.url),
-            *("--phases", "fuzzing", "--max-examples", "15", "--generation-deterministic"),
+            *("--phases", "fuzzing", "--max-examples", "10", "--generation-deterministic"),
             *("--exclude-checks", LEFT_OUT, "--request-timeout", "120"),
             # What it would do to the bus is tested elsewhere.
             *("--exclude-path", "/bus/drain", "--no-color"),
