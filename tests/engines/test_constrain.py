@@ -434,7 +434,7 @@ def test_a_grammar_that_has_no_next_token_says_so() -> None:
     outcomes = sampler(tokenizer).sample(logits.expand(3, -1), rows)
     assert [one.ok for one in outcomes] == [True, False, True]
     assert outcomes[1].fault == (
-        "the constraint cannot be kept: no token of this model can come next in it"
+        "the constraint cannot be satisfied: no token of this model can come next"
     )
     assert outcomes[1].code == ErrorCode.INVALID_REQUEST
 

@@ -307,7 +307,7 @@ def test_arguments_are_shared_or_the_engines_own_or_unknown() -> None:
     settings, values = split_arguments("some", given, own)
     assert values == {"rows": 3, "fast": True}
     assert settings.context_tokens == 99
-    with pytest.raises(EngineLoadError, match="rows=0: at least 1"):
+    with pytest.raises(EngineLoadError, match="rows=0: must be at least 1"):
         split_arguments("some", {"rows": "0"}, own)
     with pytest.raises(EngineLoadError, match=r"fast=maybe: .* neither true nor false"):
         split_arguments("some", {"fast": "maybe"}, own)

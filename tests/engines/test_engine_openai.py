@@ -163,7 +163,7 @@ def test_a_wrong_key_and_a_wrong_address_are_named_at_load(build: Build, tmp_pat
         file = tmp_path / "key"
         file.write_text("secret\n")
         assert build(server, api_key_file=str(file)).capabilities.models
-        with pytest.raises(EngineLoadError, match="is base_url right"):
+        with pytest.raises(EngineLoadError, match="check base_url"):
             build(server, base_url=server.url[:-1] + "7", api_key_file=str(file))
     with pytest.raises(EngineLoadError, match="every user of"):
         registry.load("openai")(
@@ -527,7 +527,7 @@ def test_an_answer_that_comes_out_differently_fails_and_is_never_joined(build: B
         assert text_of(events) == ""
         error = failure_of(events)
         assert (error.code, error.retryable) == ("worker_lost", False)
-        assert "wrote something else" in error.message
+        assert "new answer differs" in error.message
 
 
 def test_a_stop_string_that_reaches_over_the_cut_is_found(build: Build, server: StandIn) -> None:
@@ -544,4 +544,4 @@ def test_a_stop_string_that_reaches_over_the_cut_is_found(build: Build, server: 
 def test_tokens_of_another_engine_are_refused(build: Build, server: StandIn) -> None:
     error = failure_of(run(build(server), resumed(ask("go on"), [5, 6], 3)))
     assert error.code == "invalid_request"
-    assert "not of a server that tells text" in error.message
+    assert "not those of a server that returns text" in error.message

@@ -100,7 +100,7 @@ def test_an_image_far_from_square_is_refused_before_a_pixel_is_decoded(processor
     # Without its pixels: to decode it would be another error.
     header = whole[: whole.index(b"IDAT") + 8]
     for data in (whole, header):
-        with pytest.raises(RequestError, match="nearer to a square") as caught:
+        with pytest.raises(RequestError, match="closer to a square") as caught:
             decode_image(data, 2, ImageLimits(), Footprint(processor))
         assert caught.value.info.code == "too_large"
         assert caught.value.info.details["attachment"] == 2

@@ -203,7 +203,7 @@ def test_a_strict_schema_that_a_family_cannot_say_is_refused_with_its_argument()
     try:
         _, _, error = told(engine, asked(1, choice="auto", tools=tools))
         assert error is not None and error.details == {"parameter": "tools"}
-        assert "tool 'f': argument 'a': not cannot be held" in error.message
+        assert "tool 'f': argument 'a': `not` cannot be enforced" in error.message
     finally:
         engine.close()
 

@@ -286,10 +286,10 @@ JSON = next(form for mark, hint, form in CASES if (mark, hint) == ("<tool_call>"
 @pytest.mark.parametrize(
     ("schema", "why"),
     [
-        ({"not": {"type": "string"}}, "not cannot be held"),
-        ({"allOf": [{"type": "string"}, {"minLength": 2}]}, "allOf cannot be held"),
+        ({"not": {"type": "string"}}, "`not` cannot be enforced"),
+        ({"allOf": [{"type": "string"}, {"minLength": 2}]}, "`allOf` cannot be enforced"),
         ({"type": "string", "pattern": r"\bx"}, "pattern"),
-        ({"type": "array", "items": {"$ref": "#/properties/b"}}, "more than its definitions"),
+        ({"type": "array", "items": {"$ref": "#/properties/b"}}, "outside its definitions"),
         (False, "nothing is allowed"),
     ],
 )

@@ -213,7 +213,7 @@ def test_a_server_that_sends_no_ids_is_not_believed() -> None:
     stub.runs.clear()
     until(engine, answers, lambda: not engine.busy)
     (answer,) = answers.values()
-    assert answer.failed is not None and "told no token ids" in answer.failed.message
+    assert answer.failed is not None and "sent no token ids" in answer.failed.message
 
 
 def test_penalties_over_the_answer_are_not_continued() -> None:

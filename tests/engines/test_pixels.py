@@ -107,7 +107,7 @@ def test_colours_of_sixteen_bits_in_planes_are_refused_where_they_would_be_misre
     line = decoded(colour_tiff([b"\1\2", b"\3\4", b"\5\6"], width=2, bits=8))
     assert [line.getpixel((x, 0)) for x in range(2)] == [(1, 3, 5), (2, 4, 6)]
     deep = [struct.pack("<2H", *samples) for samples in ((257, 514), (771, 1028), (1285, 1542))]
-    with pytest.raises(RequestError, match="16-bit colours in planes"):
+    with pytest.raises(RequestError, match="16-bit colours in uncompressed planes"):
         decoded(colour_tiff(deep, width=2, bits=16))
 
 
@@ -148,7 +148,7 @@ def test_signed_samples_have_half_the_range() -> None:
 def test_samples_of_unknown_range_are_refused_with_it(
     line: bytes, bits: int, sample_format: int
 ) -> None:
-    with pytest.raises(RequestError, match=r"samples go from .* save it with 8 bits") as caught:
+    with pytest.raises(RequestError, match=r"samples range from .* save it with 8 bits") as caught:
         decoded(tiff(line, width=2, bits=bits, sample_format=sample_format))
     assert caught.value.info.code == "invalid_request"
 

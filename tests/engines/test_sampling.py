@@ -328,7 +328,7 @@ def test_ids_that_the_output_does_not_have_do_no_harm_in_a_prompt() -> None:
     ],
 )
 def test_ids_that_the_model_does_not_have_are_refused_by_name(params: Params) -> None:
-    with pytest.raises(RequestError, match=r"names token 10., but this model's tokens end at 99"):
+    with pytest.raises(RequestError, match=r"token 10., but this model's last token is 99"):
         check_token_ids(params, 100)
     check_token_ids(params, 102)
 

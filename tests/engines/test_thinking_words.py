@@ -136,10 +136,10 @@ def test_an_effort_becomes_the_nearest_that_the_template_knows(
 @pytest.mark.parametrize(
     ("given", "cause"),
     [
-        ({"enable_thinking": True, "thinking": False}, "opposite"),
+        ({"enable_thinking": True, "thinking": False}, "contradict"),
         ({"enable_thinking": False, "reasoning_effort": "high"}, "contradict"),
-        ({"reasoning_effort": "hard"}, "'hard': take one of none, minimal, low"),
-        ({"reasoning_effort": 3}, "3: take one of"),
+        ({"reasoning_effort": "hard"}, "'hard': choose one of none, minimal, low"),
+        ({"reasoning_effort": 3}, "3: choose one of"),
     ],
 )
 def test_what_contradicts_itself_or_is_not_known_is_refused(

@@ -109,7 +109,7 @@ def test_a_sentence_model_pools_as_its_files_say(
             rows = [wanted(model(torch.tensor([ids])).last_hidden_state[0]) for ids in inputs]
         assert np.allclose(got, pooled(torch.stack(rows)), atol=1e-5)
         chat = tiny.run(engine, [tiny.ids_job([20, 21], model="sentences")])[0]
-        assert chat.failed is not None and "writes no text" in chat.failed.message
+        assert chat.failed is not None and "does not generate text" in chat.failed.message
     finally:
         engine.close()
 

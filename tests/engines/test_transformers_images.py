@@ -203,7 +203,7 @@ def test_attachments_that_no_message_names_are_refused(engine: TransformersEngin
     request = Request(model="tiny", messages=[Message(role="user", content="hello")], window=1)
     answer = tiny.run(engine, [Job(new_id(), request, (tiny.image(1),))])[0]
     assert answer.failed is not None
-    assert "name 0 images, the request carries 1" in answer.failed.message
+    assert "name 0 images, but the request carries 1" in answer.failed.message
 
 
 def test_a_placeholder_typed_by_a_user_claims_no_image(engine: TransformersEngine) -> None:

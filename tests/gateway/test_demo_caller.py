@@ -163,7 +163,7 @@ def test_a_strict_tool_holds_its_calls_and_leaves_text_free(client: OpenAI) -> N
 
 def test_a_strict_tool_beside_a_constraint_is_refused_by_its_name(client: OpenAI) -> None:
     body = {"structured_outputs": {"regex": "a+"}}
-    with pytest.raises(BadRequestError, match="a strict tool cannot be kept"):
+    with pytest.raises(BadRequestError, match="a strict tool cannot be enforced"):
         ask(client, "Hello!", tools=[strict(WEATHER)], extra_body=body)
 
 

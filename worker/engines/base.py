@@ -1,5 +1,4 @@
-"""The contract between the engine process and an engine: `add`, `cancel`, `step`, and a record of
-capabilities.
+"""The contract between the engine process and an engine: `add`, `cancel`, `step`, `capabilities`.
 
 An engine knows nothing of sockets, sessions, credit, epochs or offsets: it is given jobs, it is
 stepped, and each step returns new events. It runs in the engine process, called by a single thread;
@@ -38,8 +37,8 @@ from broker.protocol.messages import (
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Options of `python -m worker` that concern an engine. Plain data, since it is sent to another
-    process."""
+    """Options of `python -m worker` that concern an engine. Plain data, since they are sent to
+    another process."""
 
     engine: str = "transformers"
     #: Local folders or hub ids, one for each model served; empty for the bundled demo model.
@@ -53,7 +52,7 @@ class EngineOptions:
     dtype: str = "auto"
     load_8bit: bool = False
     load_4bit: bool = False
-    #: What the engine may occupy, bytes, where several engine processes share a device; 0: what is
+    #: Bytes that the engine may occupy if several engine processes share a device; 0: whatever is
     #: free there.
     memory_bytes: int = 0
     #: Requests that run at once; 0 for the engine's own choice.
@@ -77,7 +76,7 @@ class FailedLoad:
 
     name: str
     cause: str
-    #: When it is offered again, seconds of the monotonic clock; None: not by itself.
+    #: When it is offered again, in seconds of the monotonic clock; None: not automatically.
     retry_s: float | None = None
 
 
@@ -90,13 +89,13 @@ class Capabilities:
     models: tuple[ModelInfo, ...]
     #: Jobs that it can run at once: the credit that the worker grants.
     capacity: int
-    #: What is not among the models because it could not be loaded.
+    #: Models that are missing from `models` because they could not be loaded.
     failed: tuple[FailedLoad, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request, as seen by the engine. The body was checked against the schema, but not
+    """One request, as seen by the engine. Its body has been checked against the schema, but not
     against the model."""
 
     request_id: bytes
@@ -109,25 +108,25 @@ class Job:
 
 
 _HALF_CHARACTER: Final = 4
-"""A character that was cut in the middle is shown as one U+FFFD for each of its bytes, at most."""
+"""A character that was cut in the middle is shown as at most one U+FFFD per byte."""
 
 
 def check_received(received: int, possible: int) -> None:
-    """Raise `RequestError` if a client claims more characters than the tokens before its RESUME
-    have: the text to come would silently be cut by the difference."""
+    """Check how much text a client says it received. Raises RequestError if that is more than the
+    tokens before its RESUME have: the text to come would silently lose the difference."""
     if received > possible + _HALF_CHARACTER:
         raise RequestError(
             ErrorCode.INVALID_REQUEST,
-            f"resume.text_characters is {received}, and the text of resume.token_ids has {possible}"
-            " characters; count Unicode code points of the text received",
+            f"resume.text_characters is {received}, but the text of resume.token_ids has {possible}"
+            " characters: count the Unicode code points of the text received",
         )
 
 
 def context_overflow(prompt_tokens: int, answer_tokens: int, context_tokens: int) -> RequestError:
-    """The refusal of a prompt that does not fit beside the answer that was asked for."""
+    """The error for a prompt that does not fit together with the answer that was asked for."""
     return RequestError(
         ErrorCode.CONTEXT_OVERFLOW,
-        f"the prompt has {prompt_tokens} tokens and the answer asks for {answer_tokens}, the "
+        f"the prompt has {prompt_tokens} tokens and the answer asks for {answer_tokens}, but the "
         f"context is {context_tokens}: shorten the prompt, lower max_tokens or ask for truncation",
         details={
             "prompt_tokens": prompt_tokens,
@@ -145,7 +144,7 @@ class Tokens(Struct, frozen=True, array_like=True, tag=0):
     text: str
     #: One for each token, or None if not requested.
     logprobs: list[TokenLogprob] | None = None
-    #: All the text by kind, where the answer is split; `text` is then its content alone.
+    #: The whole text by kind, if the answer is split; `text` is then only its content.
     pieces: list[Piece] | None = None
 
 
@@ -162,7 +161,7 @@ class Ended(Struct, frozen=True, array_like=True, tag=1):
     result: dict[str, Any] | None = None
     #: The stop string or the token id that ended the answer.
     stopped_by: str | int | None = None
-    #: As of `Tokens`.
+    #: As in `Tokens`.
     pieces: list[Piece] | None = None
 
 
@@ -236,8 +235,8 @@ EngineFactory = Callable[[EngineOptions, Progress], Engine]
 
 
 class EngineGone(Exception):
-    """What the engine drives is gone, through no fault of the engine; the message says why, in one
-    line. Raised by `step` and `metrics`; the engine is then built again."""
+    """What the engine drives (a server) is gone, through no fault of the engine; the message says
+    why, in one line. Raised by `step` and `metrics`; the engine is then built anew."""
 
 
 class EngineLoadError(Exception):
@@ -246,12 +245,13 @@ class EngineLoadError(Exception):
 
 
 def adapter_paths(text: str) -> dict[str, str]:
-    """`--engine-arg adapters=NAME=PATH,NAME=PATH`, paths by name. Raises `EngineLoadError`."""
+    """Parse `--engine-arg adapters=NAME=PATH,NAME=PATH` to paths by name. Raises
+    `EngineLoadError`."""
     paths: dict[str, str] = {}
     for item in text.split(",") if text else ():
         name, separator, path = item.strip().partition("=")
         if not separator or not path or not name:
-            raise EngineLoadError(f"adapters={text}: expected NAME=PATH, comma separated")
+            raise EngineLoadError(f"adapters={text}: expected NAME=PATH, separated by commas")
         if name in paths:
             raise EngineLoadError(f"adapters={text}: two adapters have the name {name}")
         paths[name] = path

@@ -1,8 +1,8 @@
 """Engine events as they travel from the engine process to the link: arrays, tag first.
 
-One place for their tags; their fields are those of the classes in `worker.engines.base`, in that
-order. The tags are also those of the events of OUTPUT (SPEC.md section 6.1), because streams pass
-the fields on unread: this is the path of every token. Whoever wants to read an event decodes it.
+Only this module knows their tags; their fields are those of the classes in `worker.engines.base`,
+in that order. The tags are also those of the events in OUTPUT (SPEC.md section 6.1), because
+streams pass the fields on unread: every token takes this path. Code that reads an event decodes it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROMPT: Final = _tag(PromptFacts)
 
 
 def decode(event: list[Any]) -> EngineEvent:
-    """An engine's event. Raises `msgspec.ValidationError` for one that is malformed."""
+    """Decode an engine's event. Raises `msgspec.ValidationError` if it is malformed."""
     decoded: EngineEvent = msgspec.convert(event, EngineEvent)
     return decoded
 

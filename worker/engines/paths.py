@@ -1,5 +1,7 @@
-"""Checks what a model's path refers to without loading anything, so that mistakes are reported
-before torch is imported."""
+"""Checks what a model's path refers to without loading anything.
+
+Mistakes are thus reported before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ __all__ = ["local_folder"]
 
 def local_folder(path: str) -> Path | None:
     """The folder that `path` names, or None if it must be a hub id. Raises `EngineLoadError` for a
-    local path without a folder, and for files that another engine serves."""
+    local path that is not a folder, and for files that another engine serves."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         files = sorted(folder.glob("*.gguf"))

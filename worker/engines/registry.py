@@ -35,7 +35,7 @@ EXTRAS: Final = {
     "sglang": "sglang",
     "openai": "openai",
 }
-"""The extra of this package that installs what a built-in engine needs."""
+"""The extra of this package that installs what each built-in engine needs."""
 
 NEED_MODEL: Final = frozenset({"vllm", "mlx", "llamacpp", "sglang"})
 """Built-in engines that need a model to be named."""
@@ -47,17 +47,17 @@ def names() -> list[str]:
 
 
 def announced(options: EngineOptions) -> tuple[str, ...]:
-    """Names that will be served once the engine is ready, adapters included. Brokers are told while
-    it loads, so that requests for them wait."""
+    """Names that will be served once the engine is ready, including adapters: announced while it
+    loads, so that requests for them wait."""
     found = [name for group in options.model_names for name in group]
     if options.engine == "transformers":
-        with contextlib.suppress(EngineLoadError):  # the engine says what is wrong with them
+        with contextlib.suppress(EngineLoadError):  # the engine reports what is wrong with them
             found += adapter_paths(options.engine_args.get("adapters", ""))
     return tuple(found)
 
 
 def load(name: str) -> EngineFactory:
-    """The factory of an engine. Raises `EngineLoadError` for one that is unknown or not installed.
+    """The factory of an engine. Raises `EngineLoadError` if it is unknown or not installed.
 
     A package's engine takes precedence over a built-in one with the same name.
     """

@@ -1,8 +1,8 @@
-"""Adapters that an engine loads and unloads while it runs: those in a folder of the operator's.
+"""Adapters in a folder of the operator's, which an engine loads and unloads while it runs.
 
-A name from the bus is looked up among the names that were found in the folder and is never a path.
+A name from the bus is looked up among the names found in the folder; it is never used as a path.
 Files are read and checked in a thread of their own; the engine's thread puts the result into the
-model between two steps. An adapter that a job uses is never taken out.
+model between two steps. An adapter that a job uses is never unloaded.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ __all__ = ["AdapterFolder", "AdapterLoader", "KnownAdapter"]
 
 CONFIGURATION: Final = "adapter_config.json"
 LOOK_S: Final = 2.0
-"""Between two looks into the folder."""
+"""Interval between two scans of the folder."""
 BYTES_PER_S: Final = 500e6
 LEAST_LOAD_MS: Final = 500
-"""What a load takes, until one was measured."""
+"""These two estimate how long a load takes, until one has been measured."""
 
 
 class AdapterLoader(Protocol):
     """Puts adapters into one model, and takes them out."""
 
     def read(self, name: str, path: str) -> Any:
-        """Read and check an adapter, in a thread of its own; the model goes on. Raises
+        """Read and check an adapter, in a thread of its own, while the model keeps running. Raises
         EngineLoadError."""
 
     def put(self, name: str, found: Any) -> int:
-        """Put what was read into the model, between two steps; returns the bytes that it occupies.
-        Raises EngineLoadError, and has then changed nothing."""
+        """Add to the model what was read, between two steps; returns the bytes that it occupies.
+        Raises EngineLoadError, and then leaves the model unchanged."""
 
     def take(self, name: str) -> None:
-        """Take an adapter out, between two steps."""
+        """Remove an adapter from the model, between two steps."""
 
 
 @dataclass(slots=True)
@@ -49,14 +49,14 @@ class KnownAdapter:
     """A folder that holds an adapter."""
 
     path: Path
-    #: Changes with its files.
+    #: Changes whenever its files do.
     state: tuple[Any, ...]
     size_bytes: int
     loaded: bool = False
     load_ms: int = 0
     #: When it was last used, or loaded.
     used_s: float = 0.0
-    #: Why it could not be loaded, as it is now.
+    #: Why it could not be loaded with its present files; empty otherwise.
     broken: str = ""
 
 
@@ -64,7 +64,7 @@ _Found = tuple[Path, tuple[Any, ...], int]
 
 
 class AdapterFolder:
-    """The adapters of a folder, beside one model. Called by the engine's thread alone."""
+    """The adapters of a folder, for one model. Called by the engine's thread only."""
 
     def __init__(
         self,
@@ -76,8 +76,9 @@ class AdapterFolder:
         taken_names: Collection[str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`in_use`: whether a job uses an adapter. `most`: so many are loaded at once.
-        `taken_names`: of models, which adapters cannot have. Raises EngineLoadError."""
+        """`in_use`: whether a job uses the adapter of that name. `most`: how many may be loaded at
+        once. `taken_names`: names of models, which no adapter may have. Raises EngineLoadError if
+        there is no such folder."""
         self._folder = Path(folder).expanduser()
         if not self._folder.is_dir():
             raise EngineLoadError(f"adapters_folder={folder}: there is no such folder")
@@ -89,7 +90,7 @@ class AdapterFolder:
         self._pool = ThreadPoolExecutor(1, "adapter")
         self._reading: tuple[str, float, Future[Any]] | None = None
         self._looked_s = clock()
-        #: A look into the folder that has not been taken in yet.
+        #: A scan of the folder whose result has not been applied yet.
         self._looking: Future[Any] | None = None
         self._changed = False
         #: Names and causes of what could not be loaded, since `refusals` was last called.
@@ -101,12 +102,12 @@ class AdapterFolder:
 
     @property
     def reading(self) -> bool:
-        """Whether one is being read."""
+        """Whether an adapter is being read."""
         return self._reading is not None
 
     def load(self, name: str) -> None:
-        """Begin to load an adapter. Nothing happens if it is loaded, another is being read, or
-        there is no room and all are in use: the broker asks again."""
+        """Begin to load an adapter. Does nothing if it is loaded or known to be broken, if another
+        is being read, or if no room can be made because all are in use: the broker asks again."""
         if name not in self.known:
             self._learn(self._found())
         known = self.known.get(name)
@@ -118,18 +119,18 @@ class AdapterFolder:
         self._reading = name, self._clock(), future
 
     def unload(self, names: Collection[str]) -> None:
-        """Unload these adapters, or without names all; those in use stay."""
+        """Unload these adapters, or all if `names` is empty; those in use stay."""
         for name, known in self.known.items():
             if known.loaded and (not names or name in names) and not self._in_use(name):
                 self._take(name, known)
 
     def used(self, name: str) -> None:
-        """A job asks for an adapter."""
+        """Note that a job asks for an adapter."""
         if name in self.known:
             self.known[name].used_s = self._clock()
 
     def poll(self) -> bool:
-        """Go on with what was begun, and look into the folder from time to time; whether something
+        """Finish what has been read, scan the folder from time to time, and return whether anything
         has changed since the last call."""
         if self._reading is not None and self._reading[2].done():
             self._finish(*self._reading)
@@ -155,10 +156,10 @@ class AdapterFolder:
         self._reading = None
         known = self.known.get(name)
         if known is None:
-            return  # its folder has gone meanwhile
+            return  # its folder has gone in the meantime
         try:
             size_bytes = self._loader.put(name, future.result())
-        except Exception as error:  # of the adapter, never of the model
+        except Exception as error:  # the adapter's fault, never the model's
             cause = str(error) if isinstance(error, EngineLoadError) else one_line(error, 300)
             known.broken = cause
             self._refused.append((name, cause))
@@ -185,7 +186,7 @@ class AdapterFolder:
         self._changed = True
 
     def _learn(self, found: dict[str, _Found]) -> None:
-        """Adapters that came, changed or went. One that is loaded stays as it was loaded."""
+        """Apply a scan: adapters that are new, changed or gone. A loaded one stays as loaded."""
         for name in [name for name in self.known if name not in found]:
             if not self.known[name].loaded:
                 del self.known[name]
@@ -197,12 +198,12 @@ class AdapterFolder:
                 self.known[name] = KnownAdapter(path, state, size_bytes, load_ms=load_ms)
                 self._changed = True
             elif known.state != state:
-                # Another try, if it could not be loaded as it was.
+                # If it could not be loaded before, its new files may be tried.
                 self._changed |= bool(known.broken)
                 known.state, known.broken = state, ""
 
     def _found(self) -> dict[str, _Found]:
-        """What is in the folder; in a thread of its own, since a folder may be slow."""
+        """Scan the folder. Called in the reading thread, since a file system may be slow."""
         found: dict[str, _Found] = {}
         try:
             with os.scandir(self._folder) as entries:

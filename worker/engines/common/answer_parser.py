@@ -1,10 +1,11 @@
-"""Splits the text of one answer, as it streams, into typed pieces: what was thought, what is said.
+"""Splits the text of one answer, as it streams, into typed pieces: reasoning and content.
 
-A `Splitter` knows how one family of models marks its text and cuts it there; `AnswerParser` drops
-the white space around the marks and is what engines hold. Both are functions of the text alone: how
-it is cut into feeds never changes the pieces, so a parser that is fed the tokens so far stands
-where the interrupted one stood. Nothing is lost but the marks and the white space beside them: a
-mark that is cut off, a thought that never ends and text before a thought all come out as text.
+A `Splitter` knows how one family of models marks its text and cuts it at the marks; `AnswerParser`,
+which engines use, also drops the white space around them. Both depend on the text alone: how it is
+divided among calls of `feed` never changes the pieces, so a parser that is fed the tokens so far
+reaches the state of the interrupted one. Only the marks and the white space beside them are
+dropped: a mark that is cut off, a thought that never ends and text before a thought all come out as
+text.
 
 Work per character is constant. Must never see a token and must never import torch.
 """
@@ -36,21 +37,21 @@ REASONING: Final = PieceKind.REASONING.value
 
 
 class Splitter(Protocol):
-    """Cuts a text at a family's marks. Says everything but the marks, white space included."""
+    """Cuts a text at a family's marks. Emits everything but the marks, white space included."""
 
     @property
     def kind(self) -> str:
-        """Of the text that follows, as far as it is known."""
+        """Kind of the text that follows, as far as it is known."""
 
     @property
     def speaks(self) -> bool:
-        """What follows is said: it is neither a thought nor among marks, as far as it is known."""
+        """Whether content follows, neither a thought nor part of a mark, as far as it is known."""
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that became certain with this text."""
 
     def finish(self) -> list[Piece]:
-        """The answer is over: what was held back."""
+        """End the answer: what was held back."""
 
 
 # --- marks around thoughts ------------------------------------------------------------------------
@@ -67,16 +68,16 @@ class Marks:
 
 
 class MarkSplitter:
-    """Thoughts between marks. `opened`: the prompt ends within one; `continues`: with more of it
-    than the mark."""
+    """Thoughts between marks. `opened`: the prompt ends within a thought. `continues`: text, not a
+    mark, stands at the end of the prompt."""
 
     def __init__(self, marks: Marks, *, opened: bool = False, continues: bool = False) -> None:
         self._marks = marks
         self._pending = ""
         self._kind = REASONING if opened else CONTENT
-        #: Of the run in hand, nothing but white space came yet.
+        #: Only white space has come in the current run.
         self._fresh = not continues
-        #: A thought ended: its answer may be wrapped, and is within the wrap.
+        #: A thought has ended, so the answer may be wrapped; the answer is inside its wrap.
         self._may_wrap = self._wrapped = False
 
     @property
@@ -88,8 +89,8 @@ class MarkSplitter:
         return self._kind == CONTENT
 
     def passes(self, text: str) -> bool:
-        """Whether `feed` would only say this text, as it stands: it is content, and no character
-        of it can begin a mark."""
+        """Whether `feed` would emit this text unchanged: it is content, and no character of it can
+        begin a mark."""
         if self._kind != CONTENT or self._pending or self._fresh:
             return False
         return not any(mark[0] in text for mark in self._watched())
@@ -106,7 +107,7 @@ class MarkSplitter:
         return [Piece(self._kind, rest)] if rest else []
 
     def _step(self, pieces: list[Piece]) -> bool:
-        """Take the text up to a mark and the mark; False when more text is needed."""
+        """Consume the text up to a mark, and the mark; False when more text is needed."""
         pending = self._pending
         if self._fresh:
             begun = self._begin()
@@ -125,8 +126,9 @@ class MarkSplitter:
         return False
 
     def _begin(self) -> bool | None:
-        """Pass over a mark that may only stand where a thought or its answer begins: the opening
-        that the prompt has already, a wrap. None: there is none; False: it may become one."""
+        """Skip a mark that may stand only where a thought or its answer begins: an opening mark
+        that the prompt already has, or a wrap. None: there is none; False: the text may become
+        one."""
         head = self._pending.lstrip()
         leading: tuple[str, ...] = ()
         if self._kind == REASONING:
@@ -179,9 +181,9 @@ class ChannelSplitter:
 
         <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...
 
-    `begun`: the prompt from its last `<|start|>` on. What is said on `analysis` is thought; the
-    rest is said, but what is addressed to a tool, which stands there with its header, and with
-    `shows_calls` between the marks that no other text can have.
+    `begun`: the prompt from its last `<|start|>` on. Text on the channel `analysis` is reasoning;
+    all other text is content. A message to a tool is content that begins with its header; with
+    `shows_calls` it keeps its marks, which no other text can contain.
     """
 
     MARKS: Final = (_START, _CHANNEL, _CONSTRAIN, _MESSAGE, *_ENDS)
@@ -190,9 +192,9 @@ class ChannelSplitter:
         self._pending = ""
         self._kind = CONTENT
         self._shows_calls = shows_calls
-        #: A message to a tool is in hand.
+        #: The current message is addressed to a tool.
         self._calls = False
-        #: What the header in hand has so far; None outside of headers.
+        #: The current header so far; None outside of headers.
         self._header: str | None = "assistant"
         #: Between two messages.
         self._between = False
@@ -218,7 +220,7 @@ class ChannelSplitter:
     def finish(self) -> list[Piece]:
         rest, self._pending = self._pending, ""
         if self._header is not None:
-            # A header that was cut off says nothing; what has no mark is no header.
+            # A header that was cut off is dropped; text without a mark was not a header.
             header, self._header = self._header + rest, None
             rest = "" if _CHANNEL in header or header == "assistant" else _bare(header)
         return [Piece(self._kind, rest)] if rest else []
@@ -242,7 +244,7 @@ class ChannelSplitter:
             return
         self._header += text
         if _CHANNEL not in self._header and not _may_be_role(self._header):
-            # No header at all: the model speaks without one.
+            # Not a header: the model writes without one.
             said, self._header, self._kind = _bare(self._header), None, CONTENT
             if said:
                 pieces.append(Piece(CONTENT, said))
@@ -272,7 +274,7 @@ class ChannelSplitter:
 
 
 def _may_be_role(header: str) -> bool:
-    """Of the beginning of a header without a channel yet: a role, and to whom it speaks."""
+    """Whether this may begin a header, before its channel: a role, and whom it addresses."""
     role, space, rest = header.partition(" ")
     if not space:
         return "assistant".startswith(role.strip())
@@ -290,42 +292,42 @@ def _bare(header: str) -> str:
 class AnswerParser:
     """The pieces of one answer, without the white space around its marks.
 
-    Of a thought, white space at either end is dropped; of what is said, that which follows a
-    thought, and that which is all that stands before the first. `continues`: the answer goes on
-    with a text of the prompt, so that its first white space is part of it. `settled`: its thought
-    has ended in the prompt.
+    A thought loses the white space at both its ends. Content loses the white space that follows a
+    thought, and is dropped before the first thought if it is only white space. `continues`: the
+    answer continues a text in the prompt, so that its first white space is part of it. `settled`:
+    its thought has ended in the prompt.
     """
 
     def __init__(
         self, splitter: Splitter, *, continues: bool = False, settled: bool = False
     ) -> None:
         self._splitter = splitter
-        #: The answer itself has begun: a thought is not to be expected any more.
+        #: The answer itself has begun: no thought is expected any more.
         self.settled = settled or (continues and splitter.speaks)
         #: Thoughts come only before the answer, see `think_first`.
         self._thinks_first = False
-        #: Kind of the run in hand; None before the first.
+        #: Kind of the current run; None before the first.
         self._kind: str | None = splitter.kind if continues else None
-        #: Nothing but white space was said of it.
+        #: Nothing but white space has come in it.
         self._blank = not continues
-        #: White space is dropped up to its first other character.
+        #: Its leading white space is dropped.
         self._trims = False
-        #: White space that is said only if more of the run follows.
+        #: White space that is emitted only if more of the run follows.
         self._space = ""
 
     def think_first(self) -> None:
-        """Once something was said, all that follows is said, whatever marks stand in it: a
-        constraint holds it, so the marks are words. To be called before the first text."""
+        """Once content has begun, take all that follows as content, whatever marks it contains: it
+        is under a constraint, so the marks are ordinary text. Call before the first text."""
         self._thinks_first = True
 
     @property
     def in_thought(self) -> bool:
-        """What follows is thought, as far as it is known."""
+        """Whether reasoning follows, as far as it is known."""
         return self._splitter.kind == REASONING
 
     @property
     def speaks(self) -> bool:
-        """What follows is said: it is neither a thought nor among marks, as far as it is known."""
+        """Whether content follows, neither a thought nor part of a mark, as far as it is known."""
         return self._splitter.speaks
 
     def feed(self, text: str) -> list[Piece]:
@@ -336,7 +338,7 @@ class AnswerParser:
             and isinstance(self._splitter, MarkSplitter)
             and self._splitter.passes(text)
         ):
-            # Most of an answer, and the step of every stream waits for this.
+            # The usual case; every stream waits for this in each step.
             return [Piece(CONTENT, text)] if text else []
         pieces = merged(self._trimmed(self._splitter.feed(text)))
         if self._thinks_first and any(piece.kind == CONTENT for piece in pieces):
@@ -345,7 +347,7 @@ class AnswerParser:
         return merged(pieces)
 
     def finish(self) -> list[Piece]:
-        """The answer is over: the rest. An answer that ended within a thought keeps its last white
+        """End the answer: the rest. An answer that ended within a thought keeps its last white
         space, so that it can be continued exactly."""
         pieces = self._trimmed(self._splitter.finish())
         if self._space and self._kind is not None and self.in_run:
@@ -355,7 +357,7 @@ class AnswerParser:
 
     @property
     def in_run(self) -> bool:
-        """The run in hand was not ended by a mark."""
+        """Whether no mark has ended the current run."""
         return self._kind == self._splitter.kind
 
     def _trimmed(self, pieces: list[Piece]) -> list[Piece]:
@@ -403,8 +405,8 @@ def unsplit(*, continues: bool = False) -> AnswerParser:
 
 
 def first_of(text: str, marks: Sequence[str]) -> tuple[int, str]:
-    """Where the first of the marks begins in the text, and which it is: of those that begin at one
-    place, the longest. An empty mark: there is none."""
+    """Where the first of the marks begins in the text, and which it is; of several that begin at
+    the same place, the longest. An empty mark: there is none."""
     best, found = len(text), ""
     for mark in marks:
         at = text.find(mark)
@@ -426,7 +428,7 @@ def held_back(text: str, marks: Sequence[str]) -> int:
 
 
 def merged(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one kind as one piece."""
+    """The pieces with neighbours of the same kind merged."""
     if len(pieces) < 2:
         return pieces
     out = pieces[:1]

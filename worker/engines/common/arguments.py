@@ -1,5 +1,4 @@
-"""`--engine-arg KEY=VALUE`: the arguments that mean the same on all engines, and how
-all are parsed.
+"""`--engine-arg KEY=VALUE`: arguments that mean the same on all engines, and the parsing of all.
 
 Parses text into checked values and nothing else; must never import torch.
 """
@@ -60,7 +59,8 @@ def settings_from(
     choices: Mapping[str, tuple[str, ...]] | None = None,
     minimum: Mapping[str, float] | None = None,
 ) -> Settings:
-    """Parse texts into an engine's settings; `choices` and `minimum` are by name of the setting.
+    """Parse texts into an engine's settings. `choices` and `minimum` map names of settings to the
+    values that are allowed, and to the lowest.
 
     Raises `EngineLoadError` for an unknown name or a bad value.
     """
@@ -85,7 +85,9 @@ def settings_from(
                 f"--engine-arg {given}={text}: choose one of {', '.join(choices[name])}"
             )
         if name in minimum and value < minimum[name]:
-            raise EngineLoadError(f"--engine-arg {given}={text}: at least {minimum[name]:g}")
+            raise EngineLoadError(
+                f"--engine-arg {given}={text}: must be at least {minimum[name]:g}"
+            )
         values[name] = value
     return kind(**values)
 
@@ -103,7 +105,7 @@ def whole(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
         if value < minimum:
-            raise ValueError(f"at least {minimum}")
+            raise ValueError(f"must be at least {minimum}")
         return value
 
     return parse

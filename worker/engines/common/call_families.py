@@ -1,8 +1,8 @@
-"""How families of models write the calls of tools, and which family a model is of.
+"""How families of models write tool calls, and which family a model belongs to.
 
-A family is known by the marks that its chat template or its vocabulary shows; each mark has a
-reader of what follows it (see `CallParser`). Models of several formats have several.
-Must never import torch; transformers only for formats that it has a reader of.
+A family is recognised by the marks in a model's chat template or vocabulary; each mark has a reader
+for what follows it (see `CallParser`). A model that has several formats has several readers. Must
+never import torch; imports transformers only for formats that it can parse.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _SEPARATORS: Final = _SPACE + ",;"
 
 
 def _tagged(close: str, *, optional: bool = False, before: str = "") -> Reader:
-    """Calls between two marks: JSON objects, a list of them, or one call in XML. `optional`: where
-    calls are a list, its end is theirs too. `before`: a mark that stands before an object."""
+    """Calls between two marks: JSON objects, a list of them, or one call in XML. `optional`: the
+    end of a list also ends the calls. `before`: a mark that stands before an object."""
 
     def read(calls: CallParser) -> Steps:
         while True:
@@ -127,7 +127,7 @@ def _parameter(calls: CallParser, key_ends: str, value_ends: str) -> Steps:
 
 
 def _keys_and_values(calls: CallParser, close: str) -> Steps:
-    """GLM: the name, then keys and values as elements, up to the mark that closes."""
+    """GLM: the name, then keys and values as elements, up to the closing mark."""
     name, mark = yield from calls.until("\n", "<arg_key>", close)
     if not mark or not calls.start_call(name.strip(_SPACE)):
         return False
@@ -198,7 +198,7 @@ def _named(begin: str, separator: str, end: str, close: str) -> Reader:
             head, mark = yield from calls.until(separator)
             if not mark:
                 return False
-            # DeepSeek V3 has the name here, behind the kind of tool, and the object in a fence.
+            # DeepSeek V3 has the name here, after the type of tool, and the object in a code fence.
             between, mark = yield from calls.until("{", end, keeps=True)
             name = between.strip(_SPACE).partition("\n")[0].strip(_SPACE) or head.strip(_SPACE)
             if not calls.start_call(_KIMI_ID.sub(r"\1", name)):
@@ -249,7 +249,7 @@ def _pythonic(close: str, *, lines: bool = False) -> Reader:
 
 
 def _say_python(calls: CallParser, text: str) -> bool:
-    """Say a list of calls; False if it is none, or one of them is of no tool."""
+    """Emit a list of calls; False if the text is not one, or names an unknown tool."""
     found = _python_calls(text.strip(_SPACE))
     if not found or any(name not in calls.tools for name, _ in found):
         return False
@@ -261,7 +261,7 @@ def _say_python(calls: CallParser, text: str) -> bool:
 
 
 class _JsonWords(ast.NodeTransformer):
-    """Models write JSON's words among Python's."""
+    """Replaces JSON's `true`, `false` and `null`, which models write in Python, by constants."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         words = {"true": True, "false": False, "null": None}
@@ -269,13 +269,14 @@ class _JsonWords(ast.NodeTransformer):
 
 
 def _python_calls(text: str) -> list[tuple[str, str]]:
-    """Names and JSON arguments of a list of calls with keywords alone; empty if the text is none.
+    """Names and JSON arguments of a list of calls that have only keyword arguments; empty if the
+    text is not such a list.
 
-    transformers has a reader of it only from 5.24 on.
+    transformers has a reader for this only from 5.24 on.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a string's escapes
+            warnings.simplefilter("ignore")  # about escapes in strings
             tree = ast.parse(text, mode="eval").body
         return [_python_call(one) for one in tree.elts] if isinstance(tree, ast.List) else []
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
@@ -283,8 +284,8 @@ def _python_calls(text: str) -> list[tuple[str, str]]:
 
 
 def _python_call(call: ast.expr) -> tuple[str, str]:
-    """Raises ValueError or TypeError for anything else than a call with keywords, whose values are
-    JSON's."""
+    """Name and JSON arguments of a call. Raises ValueError or TypeError for anything but a call
+    that has only keyword arguments, with values that JSON can express."""
     if not isinstance(call, ast.Call) or call.args:
         raise ValueError("not a call with keywords alone")
     given = {}
@@ -314,7 +315,7 @@ def _bare(calls: CallParser) -> Steps:
 
 
 def _parsed(text: str, format_: str, **arguments: Any) -> Any:
-    """What transformers' reader of a format finds; None where it finds nothing."""
+    """What transformers' reader for a format finds; None if it finds nothing."""
     from transformers.utils.chat_parsing.content_parsers import parse_content
 
     try:
@@ -383,15 +384,15 @@ def _functionary(calls: CallParser) -> Steps:
 
 
 _TURN: Final = ">>>"
-"""Of Functionary; its templates write the first of an answer."""
+"""Begins Functionary's messages; the template writes the first one of an answer."""
 
 _FAMILIES: Final[dict[str, Reader]] = {
     # Hermes, Qwen 2.5 and 3, SmolLM3, EXAONE 4, Granite 4, ERNIE 4.5 (JSON); Qwen3-Coder, Qwen 3.5,
     # Nemotron 3, Step 3.5 (XML); GLM 4.5 and later (keys and values)
     "<tool_call>": _tagged("</tool_call>"),
-    # Qwen3-Coder, which leaves the mark around it out at times; Llama 3.1 with JSON
+    # Qwen3-Coder, which sometimes leaves out the mark around it; Llama 3.1 with JSON
     _FUNCTION: _function,
-    # Phi-4-mini; Granite 3, without an end
+    # Phi-4-mini; Granite 3, without a closing mark
     "<|tool_call|>": _tagged("<|/tool_call|>", optional=True),
     # MiniMax-M1, Hunyuan, Jamba
     "<tool_calls>": _tagged("</tool_calls>"),
@@ -432,7 +433,7 @@ _FAMILIES: Final[dict[str, Reader]] = {
     "<|tools_prefix|>": _by_name,
     "<｜tool_calls_begin｜>": _step,
 }
-"""By the mark that begins calls."""
+"""Readers, by the mark that begins calls."""
 
 _MARKS: Final = (
     *_FAMILIES,
@@ -461,14 +462,14 @@ _MARKS: Final = (
     "<｜tool_call_end｜>",
     *MARKS,
 )
-"""All of which some may be special tokens of a model."""
+"""All marks that may be special tokens of a model."""
 
 _BESIDE: Final[dict[str, Reader]] = {
     mark: _detected(mark) for mark in ("[TOOL_CALLS]", "<|python_tag|>")
 }
-"""Marks that `ToolCallParser` finds, in models that have those of a family too."""
+"""Marks that `ToolCallParser` reads, for models that also have the marks of a family."""
 
-#: How a template says that calls are to be written as Python, without a mark.
+#: How a template tells the model to write calls as Python, without a mark.
 _PYTHONIC: Final = "func_name1(params_name1"
 
 
@@ -503,11 +504,12 @@ class CallFormat:
         said: str = "",
         special: Sequence[str] = (),
     ) -> Calls:
-        """The parser of the content of one answer. `forced`: it can be nothing but calls, as
-        `tool_choice` asked. `thoughts`: marks of thoughts that stand in it; `opened`: it begins
-        within one; `tail`, `said`: the end of the prompt, and of the message that
-        the answer goes on with, which show the same. `special`: more special
-        tokens that are no text, unless `shows_special`."""
+        """The parser for the content of one answer.
+
+        `forced`: it can only be calls, as `tool_choice` asked. `thoughts`: marks of the thoughts
+        that it contains; `opened`: it begins within one. `tail`: the end of the prompt; `said`: the
+        message that the answer continues. `special`: further special tokens that are dropped from
+        the text, unless `shows_special`."""
         hidden = () if shows_special else (*self.special, *special)
         if forced or not (self._readers or self._bare):
             detector = ToolCallParser(tools, forced=forced, shows_special=shows_special, said=said)
@@ -532,10 +534,10 @@ class CallFormat:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What begins calls, where a syntax is known; of calls without a mark, a bracket."""
+        """What begins calls in the known syntaxes; for calls without a mark, the brackets."""
         return (*self._readers, *(("[", "{") if self._bare else ()))
 
     @property
     def known(self) -> bool:
-        """The model writes calls in a syntax that has a reader here."""
+        """Whether the model writes calls in a syntax that has a reader here."""
         return bool(self._readers or self._bare)

@@ -1,9 +1,9 @@
-"""How a model writes a call of a tool, said so that a grammar can hold it to that.
+"""How a model writes a tool call, described so that a grammar can hold the model to it.
 
-A `Form` is what stands around names and arguments. The model's own chat template shows it: probes
-are rendered and taken apart (`shown_form`). For models whose template writes no calls there is a
-table by the mark that begins them. `call_families` reads what is written like this; a form that it
-would not read back is of no use, see `reads_back`. Must never see a token or a model.
+A `Form` is the text around names and arguments. The model's own chat template shows it: probes are
+rendered and taken apart (`shown_form`). For models whose template writes no calls there is a table,
+keyed by the mark that begins them. `call_families` reads what is written in a form; a form that it
+cannot read back is useless, see `reads_back`. Must never see a token or a model.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 ID: Final = "\x00"
-"""Stands in a form for the nine letters and digits of a call's id."""
+"""Placeholder in a form for the nine letters and digits of a call's id."""
 INDEX: Final = "\x01"
-"""Stands in a form for the number of a call."""
+"""Placeholder in a form for the number of a call."""
 
 Style = Literal["json", "text", "python", "gemma"]
-"""How arguments are written: one JSON object, or one by one: as bare text that the tool's schema
-types, as Python's keywords, or with Gemma's own quotes."""
+"""How arguments are written: as one JSON object, or one by one: as bare text, whose type the tool's
+schema gives, as Python keyword arguments, or with Gemma's own quotes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Form:
     opens: str
     #: Between the end of a call and the name of the next; None: a turn has one call.
     between: str | None
-    #: Behind the last call.
+    #: After the last call.
     closes: str
     style: Style = "json"
     #: Between a name and its arguments, or the first of their keys.
@@ -56,14 +56,14 @@ class Form:
     text_ends: str = ""
     #: Between a key and any other value.
     value_begins: str = ""
-    #: Between a value and the next key; behind the last value.
+    #: Between a value and the next key; after the last value.
     separator: str = ""
     ends: str = ""
-    #: Behind the name of a call without arguments.
+    #: After the name of a call without arguments.
     none: str = ""
 
     def written(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-        """The calls as such a model writes them."""
+        """The calls as a model with this form writes them."""
         text = self.opens
         for number, (name, arguments) in enumerate(calls):
             if number:
@@ -113,7 +113,7 @@ def _json(value: Any) -> str:
 
 
 def _objects(opens: str, closes: str, between: str | None, arguments: str = "arguments") -> Form:
-    """JSON objects of name and arguments, between marks."""
+    """JSON objects with name and arguments, between marks."""
     head = opens + '{"name": "'
     after = None if between is None else "}" + between + '{"name": "'
     return Form(head, after, "}" + closes, middle=f'", "{arguments}": ')
@@ -125,7 +125,7 @@ def _named(opens: str, middle: str, ends: str, between: str, closes: str) -> For
 
 
 def _elements(opens: str, closes: str, between: str, *, breaks: str = "\n") -> Form:
-    """`<function=NAME><parameter=KEY>...`, with values on lines of their own where `breaks`."""
+    """`<function=NAME><parameter=KEY>...`, with `breaks` before and after each value."""
     return Form(
         opens + "<function=",
         f"</function>{between}<function=",
@@ -204,7 +204,7 @@ _DEEPSEEK: Final = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>
 
 
 def _dsml(calls: str) -> Form:
-    """DeepSeek V3.2 and later. `calls`: what the region is called, with the blank before it."""
+    """DeepSeek V3.2 and later. `calls`: the region's tag, including a blank before it if any."""
     blank = calls[: len(calls) - len(calls.lstrip())]
     return _invoked(
         f"<｜DSML｜{calls}>\n",
@@ -343,27 +343,27 @@ _TABLE: Final[dict[str, tuple[tuple[str, Form], ...]]] = {
         ("", _objects("[TOOL_CALLS][", "]", ", ")),
     ),
     "<|python_tag|>": (("", _objects("<|python_tag|>", "", "; ", "parameters")),),
-    # Without a mark: Llama 4 and 3.2, which their templates tell so; Llama 3.
+    # Without a mark: Llama 4 and 3.2, whose templates ask for it; Llama 3.
     "[": (("", _python("[", "]", ", ")),),
     "{": (
         ("", _objects("", "", None, "parameters")),
         ("", _objects("", "", None)),
     ),
 }
-"""By the mark that begins calls: forms, each with what a template or a vocabulary must show for it.
-The first that fits is taken."""
+"""Forms by the mark that begins calls, each with a text that the template or the vocabulary must
+contain. The first that fits is taken."""
 
 
 def usual_forms() -> Iterator[tuple[str, str, Form]]:
-    """The table: mark, what a model must show besides, form."""
+    """The rows of the table: mark, what else a model must show, form."""
     for mark, forms in _TABLE.items():
         for hint, form in forms:
             yield mark, hint, form
 
 
 def table_forms(mark: str, shown: Callable[[str], bool]) -> tuple[Form, ...]:
-    """The usual form of calls that begin with this mark; of those without a mark, several. `shown`:
-    whether the model's template or vocabulary has a text."""
+    """The usual form of calls that begin with this mark; for a bare "{", several. `shown`: whether
+    the model's template or vocabulary contains a text."""
     found = tuple(form for hint, form in _TABLE.get(mark, ()) if not hint or shown(hint))
     return found if mark == "{" else found[:1]
 
@@ -378,8 +378,8 @@ _IDS: Final = ("pr0beid01", "pr0beid02")
 _NUMBERED: Final = re.compile(r'("tool_call_id"\s*:\s*")\d+(?=")')
 
 Render = Callable[[list[dict[str, Any]]], str | None]
-"""Messages through a model's chat template, without what begins an answer; None: it refuses them.
-Turns have a text or `tool_calls`."""
+"""Renders messages with a model's chat template, without the prompt for an answer; None: the
+template refuses them. A message has a text or `tool_calls`."""
 
 
 def probe_schemas() -> dict[str, dict[str, Any]]:
@@ -390,8 +390,8 @@ def probe_schemas() -> dict[str, dict[str, Any]]:
 
 
 def shown_form(render: Render, marks: Collection[str], stops: Collection[str]) -> Form | None:
-    """The form in which a chat template writes calls; None: it writes none, or not in any way that
-    is understood. `marks` begin calls; `stops` are special tokens that are no marks of calls."""
+    """The form in which a chat template writes calls; None: it writes none, or in a way that is not
+    understood. `marks` begin calls; `stops` are special tokens that are not marks of calls."""
     question = {"role": "user", "content": _QUESTION}
     plain = render([question, {"role": "assistant", "content": _WORDS}])
     if plain is None or _WORDS not in plain:
@@ -399,7 +399,7 @@ def shown_form(render: Render, marks: Collection[str], stops: Collection[str]) -
     header, _, turn_ends = plain.partition(_WORDS)
 
     def shown(*calls: int) -> tuple[str, str] | None:
-        """What stands before the first name and behind it, up to the end of the turn."""
+        """What stands before the first name and after it, up to the end of the turn."""
         calling = {"role": "assistant", "tool_calls": [_call(n) for n in calls]}
         text = render([question, calling])
         if text is None or _NAMES[calls[0]] not in text.partition(_QUESTION)[2]:
@@ -430,7 +430,7 @@ def _call(number: int) -> dict[str, Any]:
 
 
 def _opening(before: str, header: str, marks: Collection[str]) -> str:
-    """Of the text before a call's name, what belongs to the call."""
+    """The part of the text before a call's name that belongs to the call."""
     turn = before.partition(_QUESTION)[2]
     found = [turn.find(mark) for mark in marks if mark in turn]
     if found:
@@ -440,8 +440,8 @@ def _opening(before: str, header: str, marks: Collection[str]) -> str:
 
 
 def _taken_apart(whole: str, empty: str, between_calls: str | None) -> Form | None:
-    """The form of a call with three arguments and one with none, each from behind its name, and
-    of the first where another follows."""
+    """The form shown by a call with three arguments (`whole`), one with none (`empty`), each from
+    the end of its name on, and the first of two (`between_calls`, up to the second name)."""
     at = whole.find("{")
     if at >= 0:
         try:
@@ -503,7 +503,7 @@ def _one_by_one(whole: str, empty: str, between_calls: str | None) -> Form | Non
 
 
 def shared_start(one: str, other: str) -> str:
-    """What two texts begin with."""
+    """The longest common prefix of two texts."""
     same = 0
     for a, b in zip(one, other, strict=False):
         if a != b:
@@ -537,11 +537,11 @@ Read = Callable[[str], list[tuple[str, str]]]
 """The names and the JSON arguments of the calls that a model's own parser finds in a text."""
 
 _HARD: Final = "a \"b\" 'c' \\ {é} [d], <e>; f=1"
-"""A text in which some ways of writing would have to escape something."""
+"""A text that some notations would have to escape."""
 
 
 def reads_back(form: Form, read: Read) -> bool:
-    """Whether a parser reads the calls that are written in this form."""
+    """Whether a parser correctly reads calls that are written in this form."""
     full = dict(zip(_KEYS, (_HARD, 7, "g"), strict=True))
     for calls in _checks(full, several=form.between is not None):
         try:

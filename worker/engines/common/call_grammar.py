@@ -1,9 +1,10 @@
-"""Grammars of calls, in llguidance's Lark: a model is held to calls in the form that it knows.
+"""Grammars for tool calls, in llguidance's Lark, that hold a model to the form of calls it knows.
 
-`forced` is the grammar of an answer that is nothing but calls, `awaited` that of free text in which
-every call that the model opens is held. What is written is what the model's own parser reads, and
-arguments satisfy their tools' schemas. Schemas that cannot be said in a form raise `Unsayable`:
-they are never widened. Must never see a tokenizer's library, import torch, or compile.
+`forced` makes the grammar of an answer that consists of calls, `awaited` that of free text in which
+every call that the model begins is constrained. What a grammar admits, the model's own parser
+reads, and arguments satisfy their tools' schemas. Schemas that cannot be expressed in a form raise
+`Unsayable`: they are never widened. Must never import a tokenizer library or torch, or compile a
+grammar.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from worker.engines.common.typed_arguments import Tools
 __all__ = ["MAX_CALLS", "Unsayable", "Vocabulary", "awaited", "forced"]
 
 MAX_CALLS: Final = 8
-"""A model may keep adding calls for ever, so an answer that can be nothing else needs a limit. It
-can make more calls in its next turn. Calls in JSON have the same (`client.core.forced`)."""
+"""A model may keep adding calls for ever, so an answer that can only be calls needs a limit; the
+model can make more in its next turn. Calls in JSON have the same limit (`client.core.forced`)."""
 
 _NAME: Final = re.compile(r"[\w.-]+", re.ASCII)
 """Names that need no escaping in any form."""
 
 _CHANNEL: Final = "<|channel|>"
 _TURN: Final = ">>>"
-"""Marks of whole messages, of which some are calls: of gpt-oss, and of Functionary."""
+"""Marks that begin any message, calls among them: gpt-oss's and Functionary's."""
 
 _JSON: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-"""Blanks in JSON: those that templates write, or none. It shares its blanks (no others) with the
-grammar around it, so that a token may begin in one and end in the other."""
+"""Blanks in JSON: those that templates write, or none. The grammar around the JSON allows the same
+blanks and no others, so that a token may begin in one and end in the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,12 @@ class Vocabulary:
     """The tokens that a grammar must name."""
 
     added: AddedTokens
-    #: They end an answer.
+    #: Tokens that end an answer.
     end_ids: frozenset[int]
 
     def split(self, text: str) -> list[str | int]:
-        """A text as texts and ids of special tokens. Raises `Unsayable` where one would end the
-        answer."""
+        """Split a text into plain texts and ids of special tokens. Raises `Unsayable` if one of
+        those ends an answer."""
         special = {mark: i for mark, (i, special) in self.added.items() if special and mark in text}
         if not special:
             return [text] if text else []
@@ -63,28 +64,29 @@ class Vocabulary:
         for piece in re.split(f"({pattern})", text):
             if piece in special:
                 if special[piece] in self.end_ids:
-                    raise Unsayable(f"its calls have {piece}, which ends an answer")
+                    raise Unsayable(f"its calls contain {piece}, which ends an answer")
                 made.append(special[piece])
             elif piece:
                 made.append(piece)
         return made
 
     def without_end(self, text: str) -> str:
-        """The text without the token at its end that ends an answer by itself."""
+        """The text without a final token that ends an answer by itself."""
         for mark, (token_id, _) in self.added.items():
             if token_id in self.end_ids and text.endswith(mark):
                 return text.removesuffix(mark)
         return text
 
     def said(self, text: str) -> str:
-        """A text in Lark; empty for none. Special tokens are named by id."""
+        """A text in Lark, empty for an empty text. Special tokens are named by id."""
         return " ".join(
             f"<[{piece}]>" if isinstance(piece, int) else _opened(piece)
             for piece in self.split(text)
         )
 
     def begun(self, text: str) -> str:
-        """A text that begins with a mark, which is its own token where the vocabulary has it."""
+        """A text that begins with a mark, in Lark; the mark is one token if the vocabulary has
+        it."""
         marks = [mark for mark in self.added if text.startswith(mark)]
         if not marks:
             return self.said(text)
@@ -92,8 +94,8 @@ class Vocabulary:
         return f"<[{self.added[mark][0]}]> {self.said(text[len(mark) :])}"
 
     def free(self, marks: Collection[str]) -> str:
-        """Special tokens that may stand in free text: all but those that begin calls, or end the
-        answer. Empty: there are none."""
+        """Special tokens that may stand in free text, in Lark: all but those that begin calls or
+        end the answer. Empty: there are none."""
         ids = {i for mark, (i, special) in self.added.items() if special and mark not in marks}
         ranges: list[list[int]] = []
         for token_id in sorted(ids - self.end_ids):
@@ -108,7 +110,7 @@ _OPEN: Final = {ID: "/[a-zA-Z0-9]{9}/", INDEX: "/[0-9]{1,2}/"}
 
 
 def _opened(text: str) -> str:
-    """A text in Lark, with what a form leaves open."""
+    """A text in Lark, with a form's placeholders as patterns."""
     pieces = (piece for piece in re.split(f"([{ID}{INDEX}])", text) if piece)
     return " ".join(_OPEN.get(piece) or quoted(piece) for piece in pieces)
 
@@ -125,7 +127,9 @@ class _CallRules:
 
     def _call(self, name: str, schema: Mapping[str, Any]) -> str:
         if not _NAME.fullmatch(name):
-            raise Unsayable(f"the name {name!r} has characters that its calls do not keep")
+            raise Unsayable(
+                f"the name {name!r} has characters that the model's calls cannot contain"
+            )
         try:
             return self._rules.add("tool", self._named(name, schema))
         except Unsayable as error:
@@ -144,7 +148,8 @@ class _CallRules:
         return f"{said(name + form.middle)} {self._rules.json(arguments, _JSON)}"
 
     def region(self, opens: str, *, most: int) -> str:
-        """From `opens` (in Lark) on: one call, or up to `most` where a turn may have several."""
+        """Calls from `opens` (in Lark) to their end: one, or up to `most` if the form allows
+        several in a turn."""
         said = self._vocabulary.said
         calls = f"{opens} {self._one}"
         if most > 1 and self.form.between is not None:
@@ -154,10 +159,10 @@ class _CallRules:
 
 
 def _object(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a call's arguments, which are always an object. A tool that names no
-    properties, as OpenAI's form of a function without parameters, takes none.
+    """The schema of a call's arguments, which are always an object. A tool without properties,
+    which is how OpenAI declares a function without parameters, takes none.
 
-    `$schema` is removed: in older drafts `$id` is ignored next to `$ref`, or unknown.
+    `$schema` is removed: older drafts ignore `$id` next to `$ref`, or do not know it.
     """
     if takes_none(schema):
         return {"type": "object", "additionalProperties": False}
@@ -165,8 +170,8 @@ def _object(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forced(form: Form, tools: Tools, vocabulary: Vocabulary, *, single: bool, tail: str) -> str:
-    """The grammar of an answer that is one call, or with not `single` up to `MAX_CALLS`. `tail`:
-    the end of the prompt. Raises `Unsayable`."""
+    """The grammar of an answer that is one call, or up to `MAX_CALLS` unless `single`. `tail`: the
+    end of the prompt. Raises `Unsayable`."""
     rules = Rules()
     calls = _CallRules(form, tools, vocabulary, rules)
     opens, begins = form.opens, ""
@@ -182,9 +187,9 @@ def forced(form: Form, tools: Tools, vocabulary: Vocabulary, *, single: bool, ta
 
 
 def _thought(vocabulary: Vocabulary, tail: str) -> str:
-    """gpt-oss: the message before a call."""
+    """gpt-oss: the reasoning that may stand before a call."""
     if not tail.endswith("<|start|>assistant"):
-        raise Unsayable("its answer goes on with a message that has begun")
+        raise Unsayable("its answer continues a message that has already begun")
     said = vocabulary.said
     opens = said(f"{_CHANNEL}analysis<|message|>")
     return f"({opens} /(?s:.*)/ {said('<|end|><|start|>assistant')})?"
@@ -198,9 +203,12 @@ def awaited(
     *,
     tail: str = "",
 ) -> str:
-    """The grammar of free text in which calls are held to the tools, and those of `strict` to their
-    schemas. `forms`: by the mark that begins them, the model's own first; those of the others that
-    cannot say the schemas are not to be written. Raises `Unsayable`."""
+    """The grammar of free text in which calls must name one of the tools, and calls of those in
+    `strict` must satisfy their schemas.
+
+    `forms`: by the mark that begins calls, the model's own first; of the others, those that cannot
+    express the schemas are forbidden. Raises `Unsayable`.
+    """
     rules = Rules()
     held = {name: schema if name in strict else _ANY for name, schema in tools.items()}
     known: dict[str, list[_CallRules]] = {}
@@ -223,7 +231,7 @@ _ANY: Final[Mapping[str, Any]] = {"type": "object"}
 def _messages(calls: _CallRules, vocabulary: Vocabulary, tail: str) -> str:
     """gpt-oss: messages, of which the last may be a call."""
     if not tail.endswith("<|start|>assistant"):
-        raise Unsayable("its answer goes on with a message that has begun")
+        raise Unsayable("its answer continues a message that has already begun")
     said = vocabulary.said
     header = f"{said(_CHANNEL)} /analysis|commentary|final/"
     if "<|constrain|>" in vocabulary.added:
@@ -234,11 +242,11 @@ def _messages(calls: _CallRules, vocabulary: Vocabulary, tail: str) -> str:
 
 
 _BARE: Final = {"[": r"\s*\[\s*[A-Za-z_]", "{": r"\s*(\[\s*)?\{"}
-"""How an answer begins that is a call without a mark."""
+"""How an answer begins if it is a call without a mark."""
 
 
 class _Free:
-    """Free text with calls, by the marks that begin them. Without a call, a mark is not written."""
+    """Free text with calls, by the marks that begin them. A mark is allowed only before a call."""
 
     def __init__(
         self,
@@ -256,7 +264,7 @@ class _Free:
         never = [mark for mark in self._marks if mark not in self._marked]
         none = [f"(?s:.*){re.escape(mark)}(?s:.*)" for mark in never]
         self._text = rules.terminal(_but("(?s:.*)", none))
-        #: What the answer begins with.
+        #: Text at the beginning of the answer, which must not look like a call without a mark.
         begins = [f"{pattern}(?s:.*)" for mark, pattern in _BARE.items() if mark in known]
         self._first = rules.terminal(_but("(?s:.*)", [*none, *begins]))
 
@@ -275,7 +283,7 @@ class _Free:
         return self._rules.grammar(" | ".join([*begun, self._first, *bare]))
 
     def _chunks(self, text: str) -> list[str]:
-        """A text up to a call, with it; or up to a special token."""
+        """Pieces of free text, each with the call or the special token that ends it."""
         chunks = []
         for mark, several in self._marked.items():
             begins = self._begins(text, mark)
@@ -294,7 +302,7 @@ class _Free:
         return [self._rules.add("chunk", chunk) for chunk in chunks]
 
     def _begins(self, text: str, mark: str) -> str:
-        """A text up to a mark: spelled, and as its own token."""
+        """A text up to a mark, and the mark: spelled out, or as one token."""
         spelled = self._rules.lazy(f"{text} {quoted(mark)}")
         token_id, special = self._vocabulary.added.get(mark, (0, False))
         return f"{spelled} | {text} <[{token_id}]>" if special else spelled
@@ -306,5 +314,5 @@ class _Free:
 
 
 def _but(pattern: str, others: Collection[str]) -> str:
-    """A terminal for what fits the pattern and none of the others."""
+    """A terminal for what matches the pattern and none of the others."""
     return " & ".join([slashed(pattern), *(f"~{slashed(other)}" for other in others)])

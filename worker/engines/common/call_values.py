@@ -1,10 +1,10 @@
 """Arguments that a model writes one by one, as rules of llguidance's Lark.
 
-What a schema allows is said in the model's own way of writing values: as bare text that the schema
-types (`typed_arguments` reads it back), as Python's keywords, or with Gemma's quotes. Properties
-come in the schema's order; others are left out where it declares any. A string's `format` is not
-held: JSON Schema takes it for a note. A schema that cannot be said raises `Unsayable`. Must never
-widen one.
+The rules express what a schema allows in the model's own notation for values: bare text, whose type
+the schema gives (`typed_arguments` reads it back), Python keyword arguments, or Gemma's quotes.
+Properties come in the schema's order; if it declares any, no others are allowed. A string's
+`format` is not enforced: to JSON Schema it is an annotation. A schema that cannot be expressed
+raises `Unsayable`. Must never widen one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["OneByOne", "Rules", "Unsayable", "quoted", "slashed", "takes_none"]
 
 
 class Unsayable(Exception):
-    """A schema or a name cannot be said in a form of calls; the message says what and why."""
+    """A schema or a name cannot be expressed in a form of calls; the message says what and why."""
 
 
 def quoted(text: str) -> str:
-    """A text as a string of Lark, which is written as in JSON."""
+    """A text as a string in Lark, which is written as in JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -38,45 +38,45 @@ def slashed(pattern: str) -> str:
 
 
 class Rules:
-    """The rules of a grammar as they are made."""
+    """Collects the rules of a grammar."""
 
     def __init__(self) -> None:
         self._bodies: dict[str, str] = {}
         self._names: dict[tuple[str, str], str] = {}
 
     def add(self, kind: str, body: str, options: str = "") -> str:
-        """A rule; its name. One of a kind that has the same body is not made again."""
+        """Add a rule, unless there is one of this kind with the same body; returns its name."""
         if (kind, body) not in self._names:
             self._names[kind, body] = name = self.reserve(kind)
             self.define(name, body, options)
         return self._names[kind, body]
 
     def terminal(self, body: str) -> str:
-        """A terminal; its name."""
+        """Add a terminal; returns its name."""
         return self.add("T", body)
 
     def lazy(self, body: str) -> str:
-        """A rule that takes no more text than it must; its name."""
+        """Add a rule that matches as little text as it can; returns its name."""
         return self.add("lazy", body, "[lazy]")
 
     def json(self, schema: dict[str, Any] | bool, options: Mapping[str, Any]) -> str:
-        """A value in JSON."""
+        """Add a rule for a value in JSON; returns its name."""
         if isinstance(schema, bool):
             schema = {} if schema else {"not": {}}
         return self.add("json", f"%json {json.dumps(schema | {'x-guidance': dict(options)})}")
 
     def reserve(self, kind: str) -> str:
-        """The name of a rule that is still to be defined."""
+        """A name for a rule that is defined later."""
         name = f"{kind}{len(self._bodies)}"
         self._bodies[name] = ""
         return name
 
     def define(self, name: str, body: str, options: str = "") -> None:
-        """The body of a reserved rule."""
+        """Set the body of a reserved rule."""
         self._bodies[name] = f"{options}: {body}"
 
     def grammar(self, start: str) -> str:
-        """All of them, as a grammar."""
+        """The grammar with all rules."""
         return "\n".join([f"start: {start}", *(n + body for n, body in self._bodies.items())])
 
 
@@ -84,12 +84,12 @@ class Rules:
 class _Parts:
     """What a schema allows, taken apart."""
 
-    #: Strings that it names, and keywords that hold for others.
+    #: Strings that it lists, and the keywords that constrain other strings.
     literals: list[str] = field(default_factory=list)
     texts: list[dict[str, Any]] = field(default_factory=list)
     #: Schemas of anything else.
     others: list[dict[str, Any]] = field(default_factory=list)
-    #: Everything.
+    #: It allows any value.
     any: bool = False
 
     def add(self, more: _Parts) -> None:
@@ -105,14 +105,14 @@ _NOTES: Final = frozenset(
         *("writeOnly", "$comment", "$schema", "$id", "id", "$defs", "definitions", "strict"),
     )
 )
-"""Keywords that allow and forbid nothing."""
+"""Keywords that only annotate."""
 _STRINGS: Final = ("minLength", "maxLength", "pattern")
 _KNOWN: Final = frozenset(("type", "enum", "const", "nullable", "format", *_STRINGS))
 _COMBINED: Final = ("anyOf", "oneOf", "allOf", "not", "if", "$dynamicRef", "dependentSchemas")
 _KEY: Final = re.compile(r"[\w$-]+", re.ASCII)
 _JSON: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _PYTHON: Final = _JSON | {"json_allowed_escapes": 'nrt"\\'}
-"""Escapes that Python reads alike: of a pair of surrogates it would make two characters."""
+"""Only escapes that mean the same in Python, which reads a surrogate pair as two characters."""
 _NO_TEXT: Final = (
     r"\s*[\[{](?s:.*)",
     r"\s*[-+]?[0-9_.]*([eE][-+]?[0-9_]*)?\s*",
@@ -124,7 +124,7 @@ _MAX_DEPTH: Final = 8
 
 
 class OneByOne:
-    """The arguments of one tool in one form. `said` gives a text in Lark, special tokens by id."""
+    """The arguments of one tool in one form. `said` writes a text in Lark, special tokens by id."""
 
     def __init__(
         self, form: Form, schema: Mapping[str, Any], rules: Rules, said: Callable[[str], str]
@@ -139,10 +139,10 @@ class OneByOne:
         self._over = said(form.ends[len(self._closes) :])
 
     def call(self, name: str) -> str:
-        """A call, from its name up to what ends it."""
+        """A call, from its name up to the text that ends it."""
         form = self._form
         if form.style == "python" and not all(map(_is_word, name.split("."))):
-            raise Unsayable("its name is none of Python's")
+            raise Unsayable("its name is not a Python name")
         schema = self._resolved(self._root)
         begins = self._said(name + form.middle)
         written = [f"{begins} {one} {self._over}" for one in self._keys(schema, self._argument)]
@@ -156,17 +156,17 @@ class OneByOne:
         """The ways of writing an object that is not empty, from its first key to its last value."""
         properties, required = schema.get("properties") or {}, schema.get("required") or []
         if not isinstance(properties, Mapping) or not isinstance(required, Sequence):
-            raise Unsayable("its properties are no map")
+            raise Unsayable("its properties are not a map")
         if found := set(schema) & {*_COMBINED, "minProperties", "maxProperties", "propertyNames"}:
-            raise Unsayable(f"it is written one by one, for which {min(found)} cannot be held")
+            raise Unsayable(f"`{min(found)}` cannot be enforced on values written one by one")
         if missing := [key for key in required if key not in properties]:
-            raise Unsayable(f"it requires {missing[0]!r}, which is none of its properties")
+            raise Unsayable(f"it requires {missing[0]!r}, which is not one of its properties")
         if not properties:
             if takes_none(schema):
                 return []
             others = schema.get("additionalProperties", True)
             if schema.get("patternProperties"):
-                raise Unsayable("patternProperties cannot be held where keys are no JSON")
+                raise Unsayable("`patternProperties` cannot be enforced on keys that are not JSON")
             key = self._rules.terminal("/[A-Za-z_][A-Za-z0-9_]*/")
             one = self._rules.add("any", argument("", others).replace('"\x00"', key))
             return [f"{one} ({self._more} {one})*"]
@@ -182,14 +182,14 @@ class OneByOne:
             except Unsayable as error:
                 raise Unsayable(f"argument {key!r}: {error}") from None
             first = f"{one} {rest}"
-            # Of those before the first that is required, any may be the first that is written.
+            # Any key up to and including the first required one may be the first to be written.
             ways = [first] if key in required else [first, *ways]
             more = f"({self._more} {one})" + ("" if key in required else "?")
             rest = self._rules.add("rest", f"{more} {rest}")
         return ways
 
     def _argument(self, key: str, schema: Any) -> str:
-        """A key with its value, and what ends the value."""
+        """A key with its value, and the text that ends the value."""
         form, parts = self._form, self._parts(schema, _MAX_DEPTH)
         if not key:
             key = "\x00"
@@ -216,11 +216,11 @@ class OneByOne:
     # --- bare text --------------------------------------------------------------------------------
 
     def _bare(self, key: str, schema: Any, parts: _Parts) -> list[str]:
-        """Texts up to what ends them."""
+        """Bare texts, each with what ends it."""
         if parts.any:
             return [self._text(_ANY_TEXT, [])]
         if parts.literals or parts.texts:
-            # Where a string is allowed, a text `null` is one.
+            # Where a string is allowed, the text `null` is a string.
             parts.others = [other for other in map(_without_null, parts.others) if other]
         mixed = bool(parts.others)
         whole = {"properties": {key: schema}} | _definitions(self._root)
@@ -250,7 +250,7 @@ class OneByOne:
         return self._closes.strip() or '<|"|>'
 
     def _text(self, body: str, but: Sequence[str], *, is_lark: bool = False) -> str:
-        """A text that ends with the first mark."""
+        """A text up to the first mark that ends it, and the mark."""
         body = body if is_lark else slashed(body)
         said = self._said(self._closes)
         before, token, behind = said.partition("<[")
@@ -309,7 +309,7 @@ class OneByOne:
             elif other.get("type") == "array":
                 ways.append(self._gemma_list(other, depth))
             elif any(isinstance(value, dict | list) for value in other.get("enum", ())):
-                raise Unsayable("it names whole lists or maps")
+                raise Unsayable("its enum contains lists or maps")
             else:
                 ways.append(self._rules.json(self._json([other]), _JSON))
         return " | ".join(ways)
@@ -331,7 +331,7 @@ class OneByOne:
 
     def _gemma_list(self, schema: Mapping[str, Any], depth: int) -> str:
         if found := set(schema) & {"prefixItems", "contains", "uniqueItems", *_COMBINED}:
-            raise Unsayable(f"{min(found)} cannot be held where lists are no JSON")
+            raise Unsayable(f"`{min(found)}` cannot be enforced on lists that are not JSON")
         items = self._parts(schema.get("items", True), depth - 1)
         one = self._rules.add("item", self._gemma(items, depth - 1))
         least, most = int(schema.get("minItems", 0)), schema.get("maxItems")
@@ -344,7 +344,7 @@ class OneByOne:
     # --- schemas ----------------------------------------------------------------------------------
 
     def _parts(self, schema: Any, depth: int) -> _Parts:
-        """Take a schema apart. Raises `Unsayable` where it holds strings to more than is known."""
+        """Take a schema apart. Raises `Unsayable` for keywords that cannot be enforced."""
         if schema is False or not depth:
             raise Unsayable("nothing is allowed" if depth else "it is nested too deeply")
         if not isinstance(schema, Mapping) or not set(schema) - _NOTES:
@@ -357,19 +357,19 @@ class OneByOne:
             if single == "$ref":
                 inner = [referred(str(inner), self._root)]
                 if inner == [None]:
-                    raise Unsayable(f"it refers to {schema[single]!r}, which is not in it")
+                    raise Unsayable(f"it refers to {schema[single]!r}, which it does not have")
             if single == "allOf" and len(inner) != 1:
-                raise Unsayable("allOf cannot be held")
+                raise Unsayable("`allOf` cannot be enforced")
             if keywords - {single, "type"}:
-                raise Unsayable(f"{single} beside other keywords cannot be held")
+                raise Unsayable(f"`{single}` beside other keywords cannot be enforced")
             made = _Parts()
             for one in inner:
                 made.add(self._parts(one, depth - 1))
             if single == "oneOf" and len(made.texts) + bool(made.literals) > 1:
-                raise Unsayable("oneOf of several kinds of text cannot be held")
+                raise Unsayable("`oneOf` with several kinds of text cannot be enforced")
             return made
         if found := keywords & set(_COMBINED):
-            raise Unsayable(f"{min(found)} cannot be held")
+            raise Unsayable(f"`{min(found)}` cannot be enforced")
         return self._simple(schema)
 
     def _simple(self, schema: Mapping[str, Any]) -> _Parts:
@@ -390,7 +390,7 @@ class OneByOne:
                 made.others.append({"enum": rest} | ({"type": types} if types else {}))
             return made
         if not types:
-            raise Unsayable(f"it has {min(set(schema) - _NOTES)}, and no type")
+            raise Unsayable(f"it has `{min(set(schema) - _NOTES)}` but no `type`")
         if "string" in types:
             made.texts.append({k: schema[k] for k in _STRINGS if k in schema})
         about = {k: v for k, v in schema.items() if k not in _NOTES and k not in _KNOWN}
@@ -401,7 +401,7 @@ class OneByOne:
         return made
 
     def _resolved(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The schema of an object that may only refer to another."""
+        """The schema of an object, with a reference to another followed."""
         for _ in range(_MAX_DEPTH):
             if "$ref" not in schema:
                 return schema
@@ -409,16 +409,16 @@ class OneByOne:
             if not isinstance(found, Mapping):
                 break
             schema = found
-        raise Unsayable("it refers to what is not in it")
+        raise Unsayable("it refers to a schema that it does not have")
 
     def _json(self, schemas: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Values of one of these schemas."""
+        """The schema of values that satisfy one of these."""
         one = dict(schemas[0]) if len(schemas) == 1 else {"anyOf": list(schemas)}
         if references := _references(one):
             one |= _definitions(self._root)
             references = _references(one)
         if not all(name.startswith(("#/$defs/", "#/definitions/")) for name in references):
-            raise Unsayable("it refers to more than its definitions")
+            raise Unsayable("it refers to something outside its definitions")
         try:
             made = for_llguidance(one)
         except (TypeError, ValueError) as error:
@@ -430,7 +430,7 @@ class OneByOne:
 
 
 def _but(body: str, others: Sequence[str]) -> str:
-    """A terminal for what fits the body and none of the others."""
+    """A terminal for what matches the body and none of the others."""
     return " & ".join([body, *(f"~{slashed(other)}" for other in others)])
 
 
@@ -439,7 +439,8 @@ def _is_word(text: str) -> bool:
 
 
 def takes_none(schema: Mapping[str, Any]) -> bool:
-    """A tool that names no properties takes no arguments; one that names nothing at all, too."""
+    """Whether a tool takes no arguments: it declares none, whether by an empty list of properties
+    or by an empty schema."""
     if schema.get("properties"):
         return False
     held = set(schema) - _NOTES
@@ -471,12 +472,12 @@ def _references(schema: Any) -> list[str]:
 
 
 def _searched(pattern: str) -> str:
-    """An expression for the whole of a text in which a schema's pattern is found."""
+    """An expression that matches the whole of a text in which the schema's pattern occurs."""
     if "(?" in pattern.replace("(?:", "") or re.search(r"\\[bBAzZ]", pattern):
-        raise Unsayable(f"the pattern {pattern!r} cannot be held")
+        raise Unsayable(f"the pattern {pattern!r} cannot be enforced")
     begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(\\\\)*\$$", pattern) is not None
     inner = pattern[begins : len(pattern) - ends]
     if re.search(r"(?<![\\\[])[\^]|(?<!\\)\$", inner) or ((begins or ends) and "|" in inner):
-        raise Unsayable(f"the pattern {pattern!r} cannot be held: it is anchored within")
+        raise Unsayable(f"the pattern {pattern!r} cannot be enforced: it has an anchor inside")
     inner = inner.replace(r"\d", "[0-9]").replace(r"\w", "[0-9A-Za-z_]")
     return f"{'' if begins else _ANY_TEXT}(?:{inner}){'' if ends else _ANY_TEXT}"

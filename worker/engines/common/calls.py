@@ -1,10 +1,11 @@
-"""Finds the calls of tools in what a model says, and gives them as pieces: name, then arguments.
+"""Finds tool calls in what a model writes, and emits them as pieces: name, then arguments.
 
 `CallParser` reads the content of one answer in the syntax of its model's family (`call_families`);
-`DetectedCalls` is for models of unknown families and for calls that `tool_choice` forces.
-Both are functions of the text alone: how it is cut into feeds never changes the pieces. Only a name
-of the request's tools makes a call; what turns out to be none stays text. Nothing is lost but the
-markup of calls and the white space around them. A call that is cut off has the arguments so far.
+`DetectedCalls` is for models of unknown families and for calls that `tool_choice` forces. Both
+depend on the text alone: how it is divided among calls of `feed` never changes the pieces. Only the
+name of one of the request's tools makes a call; what turns out not to be a call stays text. Only
+the markup of calls and the white space around them are dropped. A call that is cut off has the
+arguments so far.
 
 Must never see a token, never import torch, and never raise, whatever a model writes.
 """
@@ -34,27 +35,27 @@ class Calls(Protocol):
         """The pieces that became certain with this text."""
 
     def pause(self) -> list[Piece]:
-        """Something else than content follows: what cannot become part of a call any more."""
+        """Called before anything but content: what can no longer become part of a call."""
 
     def finish(self) -> list[Piece]:
-        """The answer is over: what was held back."""
+        """End the answer: what was held back."""
 
 
 Steps = Generator[None, None, bool]
-"""Takes text from a `CallParser`, and yields where more is needed. Its value: the region of calls
-ended as it should, else what follows is text."""
+"""Consumes text of a `CallParser`, and yields when more is needed. Returns whether the region of
+calls ended as it should; otherwise what follows is text."""
 
 Reader = Callable[["CallParser"], Steps]
 """Reads what follows a mark that begins calls."""
 
 
 class CallParser:
-    """Calls in the syntax of a family. `syntaxes`: what reads the calls behind each mark.
+    """Calls in the syntax of a family. `syntaxes`: the reader of the calls after each mark.
 
-    `bare`: what reads calls that stand at the beginning of an answer without a mark.
-    `thoughts`: marks of thoughts that stand in the text, in which no calls are looked for;
-    `opened`: the text begins within one. `special`: marks that are special tokens of the model,
-    which are no text even where they begin no call.
+    `bare`: the reader of calls at the beginning of an answer that have no mark. `thoughts`: marks
+    of thoughts in the text, within which calls are not looked for; `opened`: the text begins within
+    a thought. `special`: marks that are special tokens of the model, which are dropped from the
+    text even if they begin no call.
     """
 
     def __init__(
@@ -73,18 +74,18 @@ class CallParser:
         self._special = special
         self._thoughts = thoughts
         self._opened = opened
-        #: Not taken yet; and how much of it has no mark that was looked for.
+        #: Text not consumed yet, and how many of its characters `until` has searched in vain.
         self.text = ""
         self._searched = 0
-        #: The answer is over.
+        #: Whether the answer is over.
         self.over = False
-        #: Taken since the region began or its last call ended: text if no call comes of it.
+        #: Consumed since the region began or its last call ended: text if it yields no call.
         self._taken = ""
         self._in_region = False
-        #: The tool that is being called, and whether something was said of its arguments.
+        #: The tool that is being called, and whether any of its arguments has been emitted.
         self._tool: str | None = None
         self._has_arguments = False
-        #: Calls that began.
+        #: Number of calls begun.
         self._calls = 0
         self._pieces: list[Piece] = []
         self._steps = self._run()
@@ -96,13 +97,13 @@ class CallParser:
         return self._said()
 
     def pause(self) -> list[Piece]:
-        """Something else than content follows: what cannot become part of a call any more."""
+        """Called before anything but content: what can no longer become part of a call."""
         if not self._in_region:
             self._say(self._consume(len(self.text)))
         return self._said()
 
     def finish(self) -> list[Piece]:
-        """The answer is over: what was held back."""
+        """End the answer: what was held back."""
         self.over = True
         next(self._steps, None)
         return self._said()
@@ -137,13 +138,13 @@ class CallParser:
             called = False
 
     def _region(self, reader: Reader) -> Steps:
-        """Read calls; whether there were any, and nothing else behind them."""
+        """Read calls; returns whether there were any, with nothing else after them."""
         before, self._in_region = self._calls, True
         ended = yield from reader(self)
         self._in_region, self._tool = False, None
         called = self._calls > before
         if called and not ended:
-            # What a region has behind its calls.
+            # What the region has after its calls.
             self._say(self._taken.lstrip(_SPACE))
             called = not self._taken.strip(_SPACE)
         elif not called:
@@ -151,8 +152,8 @@ class CallParser:
         return called
 
     def _say_until(self, marks: tuple[str, ...], trims: bool) -> Generator[None, None, str]:
-        """Say the text before the next of the marks, without white space at its end; the mark and
-        that white space are taken. `trims`: nor at its beginning."""
+        """Emit the text before the next of the marks, without the white space at its end, and with
+        `trims` without that at its beginning; consume and return the mark."""
         self._taken = ""
         while True:
             if trims:
@@ -172,14 +173,14 @@ class CallParser:
             yield
 
     def _may_grow(self, at: int, mark: str, marks: Sequence[str]) -> bool:
-        """A longer mark may begin at the same place."""
+        """Whether a longer mark may begin at the same place."""
         rest = self.text[at:]
         return not self.over and any(
             len(other) > len(rest) and other.startswith(rest) for other in marks if other != mark
         )
 
     def _pass_over(self, closes: tuple[str, ...]) -> Iterator[None]:
-        """Say a thought, up to the mark that ends it."""
+        """Emit a thought as it stands, including the mark that ends it."""
         while True:
             at, mark = first_of(self.text, closes)
             if mark or self.over:
@@ -202,19 +203,19 @@ class CallParser:
     # --- for readers ------------------------------------------------------------------------------
 
     def take(self, count: int) -> str:
-        """So many characters of the text."""
+        """Consume and return this many characters of the text."""
         taken = self._consume(count)
         if self._tool is None:
             self._taken += taken
         return taken
 
     def give_back(self, text: str) -> None:
-        """This text was taken and is none of a call's."""
+        """Return text that was consumed but does not belong to a call."""
         self.text = text + self.text
         self._searched = 0
 
     def skip(self, characters: str = _SPACE) -> Generator[None, None, str]:
-        """Pass over these characters; the one that follows, empty at the end of the answer."""
+        """Skip these characters; returns the next one, empty at the end of the answer."""
         while True:
             self.take(len(self.text) - len(self.text.lstrip(characters)))
             if self.text or self.over:
@@ -222,8 +223,8 @@ class CallParser:
             yield
 
     def comes(self, *marks: str) -> Generator[None, None, str]:
-        """Whether the text goes on with one of these marks, and with which; it is taken. A mark
-        that the end of the answer cuts off counts."""
+        """Consume and return the one of these marks that comes next, even if the end of the answer
+        cuts it off; empty if none does."""
         while True:
             for mark in marks:
                 if self.text.startswith(mark):
@@ -237,8 +238,8 @@ class CallParser:
             yield
 
     def until(self, *marks: str, keeps: bool = False) -> Generator[None, None, tuple[str, str]]:
-        """The text before the next of the marks, and the mark. Both are taken, but the mark not
-        with `keeps`. At the end of the answer all that is left, and no mark."""
+        """The text before the next of the marks, and the mark. Both are consumed, but with `keeps`
+        the mark is left. At the end of the answer: all that is left, and no mark."""
         longest = max(map(len, marks))
         while True:
             start = max(0, self._searched - longest + 1)
@@ -252,11 +253,11 @@ class CallParser:
             yield
 
     def forget(self) -> None:
-        """What was taken is markup, and no text even if no call comes of it."""
+        """What was consumed is markup: it is not text, even if it yields no call."""
         self._taken = ""
 
     def start_call(self, name: str) -> bool:
-        """A call begins; False if there is no tool of that name."""
+        """Begin a call; False if there is no tool of that name."""
         if name not in self.tools:
             return False
         self._tool, self._has_arguments, self._taken = name, False, ""
@@ -265,14 +266,14 @@ class CallParser:
         return True
 
     def add_arguments(self, text: str) -> None:
-        """More of the JSON of the arguments."""
+        """Add more of the JSON of the arguments."""
         if text:
             self._has_arguments = True
             self._pieces.append(Piece(ARGUMENTS, text))
 
     def add_argument(self, key: str, text: str, *, cut: bool = False, json: bool = False) -> None:
-        """One argument that the model wrote as text, or as `json`. `cut`: the answer ended within
-        it."""
+        """Add one argument that the model wrote as text, or with `json` as JSON. `cut`: the answer
+        ended within it."""
         assert self._tool is not None
         schema = self.tools[self._tool]
         head = ("{" if not self._has_arguments else ", ") + _json(key) + ": "
@@ -286,20 +287,20 @@ class CallParser:
             self.add_arguments(head + text.strip(_SPACE))
 
     def end_call(self, *, closes: bool = False) -> None:
-        """Nothing more of the call follows. `closes`: its arguments were added one by one."""
+        """End the call. `closes`: its arguments were added one by one."""
         if closes:
             self.add_arguments("}" if self._has_arguments else "{}")
         self._tool = None
 
     def read_call(self, *, strict: bool = False) -> Steps:
-        """Read a JSON object with name and arguments. False: it is none, or the answer ended in it.
-        `strict`: it is a call only as a whole, and if there is nothing else in it."""
+        """Read a JSON object with name and arguments. False: it is not one, or the answer ended in
+        it. `strict`: it is a call only once it is complete, and if it contains nothing else."""
         reader = ObjectReader(self.tools, strict=strict)
         return (yield from self._read(reader, told=False, strict=strict))
 
     def read_arguments(self) -> Steps:
-        """Read the JSON object of the arguments of the call in hand, up to its end. False: the
-        answer ended in it."""
+        """Read the JSON object with the arguments of the current call. False: the answer ended in
+        it."""
         return (yield from self._read(ObjectReader((), self._tool), told=True, strict=False))
 
     def _read(self, reader: ObjectReader, *, told: bool, strict: bool) -> Steps:

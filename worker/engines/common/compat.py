@@ -22,8 +22,8 @@ KNOWN_RELEASES = ("5.23", "5.24")
 test keeps it equal to what `pyproject.toml` allows and the lock contains."""
 
 CACHE_WORDS = ("cache", "past_key_values")
-"""Names of the argument of `forward` that takes the key/value cache, newest first: renamed in 5.24,
-the old name is removed in 5.40. Remote code keeps the name it was written with."""
+"""Names of the argument of `forward` that takes the key/value cache, newest first: it was renamed
+in 5.24, and 5.40 removes the old name. Remote code keeps the name it was written with."""
 
 ROPE_WORDS = ("rope_parameters", "rope_scaling")
 """The configuration field with the rope type and its factors; renamed in 5.0."""
@@ -35,8 +35,7 @@ def forward_parameters(model: Any) -> frozenset[str]:
 
 
 def cache_argument(parameters: frozenset[str]) -> str | None:
-    """The name of a `forward`'s argument for the key/value cache; None if it takes
-    no such cache."""
+    """The name of `forward`'s argument for the key/value cache; None if it takes no such cache."""
     return next((word for word in CACHE_WORDS if word in parameters), None)
 
 

@@ -54,8 +54,7 @@ class ConstraintState:
         self._end_ids = end_ids
         self._words = vocabulary.words
         self._tokens = vocabulary.tokens
-        #: Masks of the ids that end the answer, and of everything except those and
-        #: the library's own.
+        #: Masks of the ids that end the answer, and of all others except the library's own end.
         self._ends = _mask_of(end_ids, vocabulary.words)
         self._others = ~_mask_of(end_ids | vocabulary.end_ids, vocabulary.words)
         self._ended = False
@@ -89,8 +88,8 @@ class ConstraintState:
             if not self._take(token_id):
                 raise RequestError(
                     ErrorCode.ENGINE_ERROR,
-                    f"the answer begins with {text!r}, in one token with the end of its thought, "
-                    f"and that does not fit the constraint: {self._refusal(token_id)}",
+                    f"the token that ends the thought also begins the answer with {text!r}, which "
+                    f"does not fit the constraint: {self._refusal(token_id)}",
                 )
 
     def replay(self, token_ids: Iterable[int]) -> None:
@@ -107,14 +106,14 @@ class ConstraintState:
                 )
 
     def allows(self, token_ids: Sequence[int]) -> bool:
-        """Whether the tokens are allowed, one after the other, from here. Changes nothing."""
+        """Whether these tokens are allowed next, in this order. Changes nothing."""
         ids = list(token_ids)
         return int(self._matcher.validate_tokens(ids)) == len(ids) and not self._end_ids & set(ids)
 
     def mask_logits_(self, logits: torch.Tensor) -> None:
         """Set forbidden tokens to -inf in one row of logits [V], in place.
 
-        Raises RequestError if the grammar cannot go on.
+        Raises RequestError if the grammar cannot continue.
         """
         for error in mask_logits_(logits[None], [0], [self]).values():
             raise error
@@ -137,21 +136,20 @@ class ConstraintState:
         return error[:_MAX_MESSAGE]
 
     def _failure(self) -> RequestError:
-        """Why the grammar cannot continue. If it exceeds the limits, that is the
-        request's own fault."""
+        """Why the grammar cannot continue. If it exceeds the limits, the request is to blame."""
         cause, code = self._error(), ErrorCode.ENGINE_ERROR
         if cause.startswith(_TOO_MUCH):
             code = ErrorCode.INVALID_REQUEST
         if cause.startswith("NoExtension"):
-            cause = "no token of this model can come next in it"
-        return RequestError(code, f"the constraint cannot be kept: {cause}")
+            cause = "no token of this model can come next"
+        return RequestError(code, f"the constraint cannot be satisfied: {cause}")
 
     def _dead_end(self) -> RequestError:
-        """The error if only tokens that end the answer can come next, but it is not complete."""
+        """The error if the answer is incomplete and only tokens that end it can come next."""
         return RequestError(
             ErrorCode.INVALID_REQUEST,
-            "the constraint cannot be kept: all that can come next in it are tokens that end the "
-            f"answer ({', '.join(map(str, sorted(self._end_ids)[:8]))}): take them out of "
+            "the constraint cannot be satisfied: only tokens that end the answer can come next "
+            f"({', '.join(map(str, sorted(self._end_ids)[:8]))}): take them out of "
             "stop_token_ids, or out of the constraint",
         )
 
@@ -256,7 +254,7 @@ class ConstraintFactory:
         differ between answers and are never content.
 
         Raises RequestError(INVALID_REQUEST) if the value is not a valid schema, expression or
-        grammar (with the library's own message), the extra is missing, or llguidance cannot
+        grammar (with the library's own message), if the extra is missing, or if llguidance cannot
         read the tokenizer.
         """
         try:
@@ -309,10 +307,10 @@ class ConstraintFactory:
 class _TextTokenizer:
     """A tokenizer for which nothing in a text is a control token, as llguidance requires.
 
-    The library tokenises what a grammar forces. By itself it uses special tokens for that,
-    and added tokens such as `<think>`, and then refuses them because to it they are not text.
-    Here an added token that is not special is text, and the text of a special token is
-    spelled with other tokens.
+    The library tokenises what a grammar forces. By itself it uses special tokens for that, and
+    added tokens such as `<think>`, and then refuses them because it does not take them for text.
+    Here an added token that is not special is text, and the text of a special token is spelled with
+    other tokens.
     """
 
     bos_token_id = None
@@ -326,15 +324,14 @@ class _TextTokenizer:
 
     def __call__(self, text: str) -> list[int]:
         if not isinstance(text, str):
-            raise TypeError(
-                "only text is tokenised here"
-            )  # the library tests whether it accepts text or bytes
+            # The library tries bytes first, to see whether they are accepted.
+            raise TypeError("only text is tokenised here")
         ids = self._read.tokenize_str(text)
         return [spelled for i in ids for spelled in self._spelled.get(i, (i,))]
 
 
 _RULE: Final = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
-"""A rule of GBNF."""
+"""A rule in GBNF."""
 
 
 def _invalid(constraint: Constraint, message: str) -> RequestError:
@@ -345,8 +342,8 @@ def _invalid(constraint: Constraint, message: str) -> RequestError:
 
 
 def _grammar(constraint: Constraint, named: Mapping[str, int]) -> str:
-    """The constraint in llguidance's own form. Raises RequestError if the value has a wrong type;
-    the library checks everything else."""
+    """The constraint as a grammar of llguidance's. Raises RequestError if the value has the wrong
+    type; the library checks everything else."""
     match constraint.type, constraint.value:
         case "json_object", _:
             return _json_grammar({"type": "object"}, compact=constraint.compact)
@@ -377,7 +374,7 @@ def _grammar(constraint: Constraint, named: Mapping[str, int]) -> str:
 
 
 def _lark(constraint: Constraint, text: str) -> str:
-    """A grammar as Lark, in which llama.cpp's GBNF and the EBNF of SGLang can be said, too."""
+    """The grammar in Lark; llama.cpp's GBNF and SGLang's EBNF are translated."""
     if not _RULE.search(text):
         return text
     from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -397,7 +394,7 @@ def _json_grammar(schema: dict[str, Any] | bool, *, compact: bool) -> str:
     )
 
 
-#: Parts of a Lark grammar that are not a token's name (strings, expressions, comments), and a name.
+#: Strings, expressions and comments of a Lark grammar, which contain no names of tokens; or a name.
 _LARK = re.compile(r'"(?:\\.|[^"\\])*"|//.*|/(?:\\.|[^/\\])+/|(?P<name><[^<>\s]+>)')
 
 

@@ -68,18 +68,18 @@ class ControlTokens:
         return self._written.findall(text)
 
     def broken(self, text: str) -> str:
-        """A turn's text with every special token broken. Control tokens not declared special stay:
+        """A turn's text with every special token broken. Control tokens that are not special stay:
         a model's own answers contain them, and so do prompts that explain a format."""
         return self._special.sub(_split, text)
 
     def all_broken(self, text: str) -> str:
-        """A text by others than the author of the turns, with every control token broken."""
+        """A text that the author of the turns did not write, with every control token broken."""
         return self._written.sub(_split, text)
 
     def edges_broken(self, text: str) -> str:
-        """A text that cannot form a control token together with its neighbours: pieces of one are
-        broken where the text begins, ends, or consists of such a piece. A word inside a token
-        (`user`) is left alone: only a template could write what surrounds it."""
+        """The text, changed so that it cannot form a control token together with its neighbours:
+        where it begins or ends with a piece of one, or is such a piece, the piece is broken. A word
+        inside a token (`user`) is left alone: only a template could write what surrounds it."""
         places = set()
         for size in range(1, min(self._longest, len(text) + 1)):
             if text[-size:] in self._heads:
@@ -111,8 +111,8 @@ def rewritten(value: Any, breaker: Breaker) -> Any:
 
 
 def _has_pair(token: str, tokens: set[str]) -> bool:
-    """Whether it is one of a pair like `<think>` and `</think>`: such pairs occur within a turn,
-    and models write them."""
+    """Whether a token is one of a pair like `<think>` and `</think>`: such pairs occur within a
+    turn, and models write them."""
     return token.startswith("</") or f"</{token[1:]}" in tokens
 
 

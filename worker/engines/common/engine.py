@@ -38,9 +38,9 @@ PREPARE_WAIT_S = 0.004
 """How long a step waits if the only work is preprocessing."""
 
 ARRIVAL_WAIT_S = 0.002
-"""How long a step waits for the preprocessing of requests that came since the step before. A text
-takes a tenth of a millisecond, and would otherwise wait for the whole step. Each request is waited
-for once: images and long texts take longer, and running streams must not wait for those."""
+"""How long a step waits for the preprocessing of requests that have come since the last step. A
+text takes a tenth of a millisecond, and would otherwise wait for the whole step. Each request is
+waited for once: images and long texts take longer, and running streams must not wait for those."""
 
 RATE_WINDOW_S = 10.0
 """Tokens per second are averaged over the last ten seconds."""
@@ -151,7 +151,7 @@ class BatchEngine:
             self.adapters.used(adapter)
 
     def uses(self, name: str) -> bool:
-        """Whether a job was given for this name and is not over."""
+        """Whether there is a job for the model or adapter of this name."""
         return any(running.model == name for running in self._jobs.values())
 
     def cancel(self, request_id: bytes) -> None:
@@ -169,7 +169,7 @@ class BatchEngine:
             self._arrived.clear()
         self._collect()
         if idle and self._computing:
-            # The rest of a burst may have come meanwhile: its requests share the first step.
+            # The rest of a burst may have come in the meantime: its requests share the first step.
             return self._told()
         worked = False
         for model in self._models:
@@ -215,7 +215,7 @@ class BatchEngine:
         }
 
     def memory_used_bytes(self) -> int:
-        """Bytes in use; resident memory, unless a device is asked."""
+        """Bytes in use: resident memory, unless an engine asks its device."""
         return int(psutil.Process().memory_info().rss)
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from worker.engines.common.compat import rope_parameters
 __all__ = ["ModelFacts"]
 
 DEFAULT_CONTEXT_TOKENS = 2048
-"""The assumption of the replaced systems, if neither configuration nor tokenizer says."""
+"""Assumed if neither configuration nor tokenizer says, as the replaced systems did."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,8 +37,7 @@ class ModelFacts:
     placeholder_ids: frozenset[int]
     #: Upper bound of ids that the model can write.
     vocabulary: int
-    #: Upper bound of ids that it can read, apart from placeholders: those with a row
-    #: in its embedding.
+    #: Upper bound of ids that it can read, apart from placeholders: the rows of its embedding.
     embedding_rows: int
     takes_images: bool
     #: Whether it requires an image.
@@ -145,8 +144,8 @@ def _eos_ids(config: Any, generation: Any, tokenizer: Any) -> frozenset[int]:
         configured |= _ids(generation)
     else:
         own |= _ids(generation)
-    # A configuration that does not set it has its class's default id, which may be any token
-    # of this model.
+    # A configuration that does not set an id has its class's default, which may be any token of
+    # this model.
     special = set(getattr(tokenizer, "all_special_ids", None) or ())
     if own and special:
         defaults = _ids(type(config)) | _ids(type(text_config))

@@ -1,8 +1,7 @@
-"""Turns exceptions into errors for clients: the cause in one line, the code, whether
-memory ran out.
+"""Turns exceptions into errors for clients: the cause in one line, and the code.
 
-Decided here for every engine. Must never import an engine's package, nor torch: the process of
-every engine loads this, those that need no torch too.
+Shared by all engines. Must never import an engine's package or torch: every engine's process loads
+this module, even of engines that need no torch.
 """
 
 from __future__ import annotations

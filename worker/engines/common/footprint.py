@@ -1,9 +1,9 @@
 """Predicts how large an image becomes inside a model's image processor.
 
-Image processors of transformers say in a few settings what they resize to (`size`, `do_pad`, ...).
-From these follows the largest image that one makes on its way, and by how much a large image may
-be shrunk first without the model seeing less. What a processor does that says nothing of it is not
-bounded beyond the pixels of the image itself. Knows numbers only; must never touch a pixel.
+Image processors of transformers have a few settings for what they resize to (`size`, `do_pad`,
+...). From these follow the largest intermediate image, and by how much a large image may be shrunk
+first without the model seeing less. For a processor without such settings, the pixels of the image
+itself are the only bound. Knows numbers only; must never touch a pixel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LARGE_PIXELS: Final = 4_000_000
 """Smaller images are never shrunk first."""
 
 WORKING_PIXELS: Final = 16_777_216
-"""Size to which a large image is shrunk if the processor does not say what it needs."""
+"""Pixels to which a large image is shrunk if the processor does not say what it needs."""
 
 OVERSAMPLING: Final = 2
 """A shrunk image still has at least this many times the pixels, along each side, of the processor's
@@ -39,12 +39,12 @@ class Footprint:
     """Predictions for one image processor."""
 
     def __init__(self, image_processor: Any = None) -> None:
-        """`image_processor` None: nothing is known."""
+        """`image_processor`: None if nothing is known."""
         settings = vars(image_processor) if image_processor is not None else {}
         self._resizes = settings.get("do_resize", True) is not False
         self._size = _numbers(settings.get("size"))
-        # Donut and similar models resize the shorter side first, whatever height and
-        # width `size` gives.
+        # Donut and similar models resize the shorter side first, whatever height and width `size`
+        # gives.
         self._shorter_first = bool(settings.get("do_thumbnail"))
         #: LLaVA pads to a square before it resizes.
         self._pads_first = (
@@ -73,8 +73,7 @@ class Footprint:
         return made if made > max(MADE_PIXELS, width * height) else 0
 
     def shrinkage(self, width: int, height: int) -> int:
-        """The integer factor by which the image may be shrunk before processing; 1 for
-        not at all."""
+        """The integer factor by which the image may be shrunk before processing, at least 1."""
         if width * height < LARGE_PIXELS:
             return 1
         scale = self._scale(width, height)

@@ -1,8 +1,8 @@
 """The interface to a library that does its own batching: insert, remove, next.
 
 `LibraryRunner` drives a `Generator` as the transformers engine drives its own schedulers: it admits
-sequences while there are slots, emits their tokens, and ends what is over. Knows no library; must
-never touch a tensor.
+sequences while there are slots, emits their tokens, and removes those that have ended. Knows no
+library; must never touch a tensor.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ class Generator(Protocol):
     """One loaded model of a library, with sequences in its batch. Called by one thread.
 
     A sequence is in the batch from `insert` until `remove`, which is called exactly once for each
-    that was inserted, also after a failure.
+    inserted sequence, even after a failure.
     """
 
     #: Sequences that may be in the batch at once.
     slots: int
 
     def insert(self, sequence: Sequence) -> None:
-        """Take a sequence into the batch: its prompt, then `sequence.answer` (of a resumed
-        answer), precede the first new token. Raises RequestError if it cannot be taken; `remove`
+        """Take a sequence into the batch: its prompt, then `sequence.answer` (if the answer is
+        resumed), precede the first new token. Raises RequestError if it cannot be taken; `remove`
         is then not called."""
 
     def remove(self, sequence: Sequence) -> None:
         """Stop computing a sequence and free its resources."""
 
     def next(self) -> Iterable[Drawn]:
-        """One step of the batch; may yield nothing (while a prompt is prefilled) or, for a
-        sequence, several tokens in order. May set `prompt_logprobs` and `cached` of a sequence
+        """Run one step of the batch; may yield nothing (while a prompt is prefilled) or several
+        tokens of one sequence, in order. May set `prompt_logprobs` and `cached` of a sequence
         before its first token. Raises only if the library is broken."""
 
     def kv_total_tokens(self) -> int:
@@ -104,7 +104,7 @@ class LibraryRunner:
         for drawn in self._generator.next():
             sequence = drawn.sequence
             if id(sequence) not in self._running:
-                # A library that is ahead may still return tokens of a sequence that has ended.
+                # A library that computes ahead may still return tokens of an ended sequence.
                 continue
             told.add(id(sequence))
             now = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Which grammar holds the calls of an answer: those that `tool_choice` forces, and `strict` ones.
+"""Which grammar constrains an answer's calls: those that `tool_choice` forces, and `strict` ones.
 
-A model is held to calls in its own form: what its chat template shows, else what is usual for the
-mark that begins its calls; both only if the model's own parser reads them back. A forced call for
-which that cannot be is held to JSON, as the client's constraint has it; a strict one is refused. A
-function of the request and the model alone, so that an interrupted answer goes on under the same
-grammar. Must never import torch.
+A model is held to its own form of calls: the one its chat template shows, else the usual one for
+the mark that begins its calls; either only if the model's own parser reads it back. If no form
+serves, a forced call is held to JSON by the client's constraint, and a strict one is refused. The
+grammar depends on the request and the model alone, so that an interrupted answer continues under
+the same one. Must never import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from worker.engines.common.typed_arguments import Tools, forces_calls, strict_to
 
 __all__ = ["Held", "HeldCalls"]
 
-#: What begins calls in answers of models that no family is known of (`ToolCallParser`).
+#: What begins calls in answers of models of unknown families (`ToolCallParser`).
 _DETECTED: Final = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "{")
 
 
@@ -33,9 +33,9 @@ class Held:
     """A grammar for an answer with calls."""
 
     constraint: Constraint
-    #: The answer is nothing but calls.
+    #: Whether the answer consists of calls only.
     forced: bool
-    #: The grammar has thoughts too: it counts from the first token.
+    #: Whether the grammar includes thoughts, and so applies from the first token on.
     whole: bool
 
 
@@ -52,9 +52,9 @@ class Known:
 class HeldCalls:
     """Grammars for the calls of one model.
 
-    `probed` renders turns with its chat template; `read` gives the calls that its parser finds.
-    `template` is the source of the chat template; `opens` what begins calls in its response
-    template, where that reads them.
+    `probed` renders turns with its chat template; `read` returns the calls that its parser finds.
+    `template` is the source of the chat template; `opens` begins calls in its response template, if
+    that reads them.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class HeldCalls:
     def held(
         self, request: Request, tools: Tools, *, end_ids: frozenset[int], tail: str
     ) -> Held | None:
-        """The grammar of an answer to a request with these tools; None: it needs none, or a forced
-        call is held by the client's own constraint. `tail`: the end of the prompt. Raises
-        RequestError for a strict tool that cannot be held."""
+        """The grammar of an answer to a request with these tools; None: it needs none, or the
+        client's own constraint governs a forced call. `tail`: the end of the prompt. Raises
+        RequestError for a strict tool that cannot be enforced."""
         vocabulary = Vocabulary(self._added, end_ids)
         if forces_calls(request):
             return self._forced(request, tools, vocabulary, tail)
@@ -90,19 +90,20 @@ class HeldCalls:
             return None
         if request.params.constraint is not None:
             raise _refused(
-                "a constraint says itself what the answer must be: leave one of them out"
+                "the request's constraint already says what the answer must be: leave one of the "
+                "two out"
             )
         forms = self.known().forms
         if not forms:
             raise _refused(
-                f"it is not known how model {request.model} writes calls: leave `strict` out, or "
-                "force a call with tool_choice"
+                f"how model {request.model} writes calls is unknown: leave `strict` out, or force "
+                "a call with tool_choice"
             )
         try:
             lark = awaited(forms, tools, strict, vocabulary, tail=tail)
         except Unsayable as error:
             style = next(iter(forms.values()))[0].style
-            how = "" if style == "json" else f"model {request.model} writes no JSON in its calls, "
+            how = "" if style == "json" else f"model {request.model} does not call in JSON; "
             raise _refused(f"{how}{error}: leave `strict` out, or change the schema") from None
         return self._made(lark, forced=False)
 
@@ -126,7 +127,7 @@ class HeldCalls:
         return Held(Constraint(type="grammar", value=lark), forced, whole)
 
     def known(self) -> Known:
-        """What is known of the model's calls. Found once."""
+        """How the model writes calls; found out once."""
         with self._lock:
             if self._found is None:
                 self._found = self._find()
@@ -135,7 +136,7 @@ class HeldCalls:
     def _find(self) -> Known:
         is_family = self._calls.known or bool(self._opens)
         marks = list(self._calls.marks if is_family else _DETECTED)
-        # Marks that a template shows are the model's; some vocabularies have those of others.
+        # Marks in the template are the model's own; some vocabularies have those of other models.
         marks.sort(key=lambda mark: mark not in self._template)
         own, forms = self._own(), dict[str, tuple[Form, ...]]()
         if own is not None:
@@ -177,6 +178,6 @@ def _named(choice: Any) -> str | None:
 def _refused(why: str) -> RequestError:
     return RequestError(
         ErrorCode.INVALID_REQUEST,
-        f"a strict tool cannot be kept: {why}",
+        f"a strict tool cannot be enforced: {why}",
         details={"parameter": "tools"},
     )

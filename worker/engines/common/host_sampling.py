@@ -1,7 +1,7 @@
 """Samples on the host (with `sampling`) from logits that a library computed.
 
-With it every sampling parameter means the same on each engine, and a sampled answer is a function
-of (seed, position) here too. Must never touch the library that the logits come from.
+Every sampling parameter therefore means the same as on other engines, and each token is drawn by
+(seed, position) here too. Must never touch the library that the logits come from.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ __all__ = ["HostSampler", "RowAhead", "is_plain_greedy", "token_logprob"]
 
 
 def is_plain_greedy(sequence: Sequence, *, scored_elsewhere: bool = False) -> bool:
-    """Whether the next token is simply the most likely one and no log probabilities are needed
-    (with `scored_elsewhere`, or the library computes them itself)."""
+    """Whether the next token is simply the most likely one and no logprobs are needed from here.
+    `scored_elsewhere`: the library computes logprobs itself."""
     params = sequence.params
     return (
         sequence.row.greedy
@@ -50,8 +50,7 @@ def token_logprob(
     likeliest: Items[tuple[int, float]],
     bytes_of: Callable[[int], bytes],
 ) -> TokenLogprob:
-    """A library's log probabilities in the bus's form; `likeliest` are ids and
-    logprobs, best first."""
+    """A library's logprobs in the bus's form; `likeliest`: ids and logprobs, best first."""
     top = [TopLogprob(i, max(value, LOGPROB_FLOOR), bytes_of(i)) for i, value in likeliest]
     return TokenLogprob(max(logprob, LOGPROB_FLOOR), bytes_of(token_id), top)
 
@@ -84,7 +83,7 @@ class HostSampler:
         self._sampler: Sampler | None = None
 
     def sample(self, logits: NDArray[np.float32], rows: Items[SamplerRow]) -> list[Sampled]:
-        """The next token of each row; `logits` [rows, vocabulary] is overwritten."""
+        """The next token of each row; `logits` float32 [rows, vocabulary] is overwritten."""
         tensor = torch.from_numpy(logits)
         if self._sampler is None or self._sampler.vocab_size != tensor.shape[1]:
             self._sampler = Sampler(

@@ -91,7 +91,7 @@ def decode_image(
     if len(data) > limits.size_bytes:
         raise RequestError(
             ErrorCode.TOO_LARGE,
-            f"image {index} has {len(data)} bytes, at most {limits.size_bytes} are taken",
+            f"image {index} has {len(data)} bytes, at most {limits.size_bytes} are accepted",
             details={"attachment": index, "size_bytes": len(data), "limit": limits.size_bytes},
         )
     try:
@@ -101,7 +101,8 @@ def decode_image(
             warnings.simplefilter("ignore")
             image = _opened(data)
     except UnidentifiedImageError:
-        raise _refuse(index, f"it is none of {', '.join(FORMATS)}, or it is damaged") from None
+        cause = f"it has none of the formats {', '.join(FORMATS)}, or it is damaged"
+        raise _refuse(index, cause) from None
     except Image.DecompressionBombError:
         raise _too_many_pixels(index, None, limits) from None
     except MemoryError:
@@ -136,7 +137,7 @@ def _too_many_pixels(index: int, size: tuple[int, int] | None, limits: ImageLimi
     what = f"is {size[0]} by {size[1]} pixels" if size else "has far too many pixels"
     return RequestError(
         ErrorCode.TOO_LARGE,
-        f"image {index} {what}, at most {limits.pixels} pixels are taken: make it smaller",
+        f"image {index} {what}, at most {limits.pixels} are accepted: make it smaller",
         details={"attachment": index, "limit": limits.pixels},
     )
 
@@ -144,8 +145,8 @@ def _too_many_pixels(index: int, size: tuple[int, int] | None, limits: ImageLimi
 def _far_from_square(index: int, size: tuple[int, int], made: int) -> RequestError:
     return RequestError(
         ErrorCode.TOO_LARGE,
-        f"image {index} is {size[0]} by {size[1]} pixels, of which the model's processor would "
-        f"make {made}; at most {MADE_PIXELS} are taken: cut it nearer to a square",
+        f"image {index} is {size[0]} by {size[1]} pixels, which the model's processor would turn "
+        f"into {made} pixels; at most {MADE_PIXELS} are accepted: crop it closer to a square",
         details={"attachment": index, "pixels": made, "limit": MADE_PIXELS},
     )
 
@@ -160,8 +161,8 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _without_damaged_chunks(data: bytes) -> bytes:
-    """A PNG without optional chunks (EXIF, texts, ...) that have a wrong checksum: other decoders
-    skip them, Pillow refuses the file."""
+    """A PNG without its optional chunks (EXIF, texts, ...) that have a wrong checksum: other
+    decoders skip them, Pillow refuses the file."""
     kept, at = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -176,13 +177,13 @@ def _without_damaged_chunks(data: bytes) -> bytes:
 
 
 def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
-    """The image turned upright by the EXIF data of the original; unchanged if that
-    cannot be read."""
+    """The image turned upright by the EXIF data of the original; unchanged if those cannot be
+    read."""
     try:
         orientation = original.getexif().get(ExifTags.Base.Orientation)
     except Exception:
-        # Damaged metadata is no reason to refuse the image. It is not rewritten either, which fails
-        # if single entries are damaged.
+        # Damaged metadata is no reason to refuse the image. Nor is it rewritten, which fails if
+        # single entries are damaged.
         return image
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)

@@ -1,9 +1,9 @@
-"""The text of an answer that is split into pieces, as it is sent: the counterpart of `TextStream`.
+"""Streams an answer that is split into pieces: the counterpart of `TextStream`.
 
-`PieceText` takes text as it becomes certain and gives the pieces that may go out; `PieceStream` is
-both for tokens, and what an engine holds per request. Like the parser that they hold they are
-functions of their input alone, so a replay of the tokens so far stands where the interrupted answer
-stood. Must never import torch.
+`PieceText` takes text as it becomes certain and returns the pieces that may be sent; `PieceStream`
+does the same for tokens, and engines hold one per request. Like the parser inside them, they depend
+on their input alone, so replaying the tokens so far restores the state of an interrupted answer.
+Must never import torch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ CONTENT: Final = PieceKind.CONTENT.value
 
 
 class PieceText:
-    """Pieces of one answer. Stop strings count in its content alone, calls as they are written
-    included, and end at its marks.
+    """Pieces of one answer. Stop strings are looked for in its content only, including calls as the
+    model writes them, and never across a mark.
 
-    `calls` finds calls in the content; `single`: the answer is over with the first.
-    `prior_characters` of it, of whatever kind, were received: they are not said again.
+    `calls` finds calls in the content; `single`: the first one ends the answer. The first
+    `prior_characters` characters, of whatever kind, were received: they are not emitted again.
     """
 
     def __init__(
@@ -44,19 +44,19 @@ class PieceText:
         self._parser = parser
         self._calls = calls
         self._single = single
-        #: Reads the arguments of the only call that is allowed.
+        #: Reads the arguments of the only call allowed.
         self._reader: ObjectReader | None = None
-        #: That call is complete: the answer is over, and nothing more is said.
+        #: That call is complete: the answer is over, and nothing more is emitted.
         self.called = False
         self._stops = StopBuffer(params.stop, include_stop=params.include_stop)
         self._skip = prior_characters
         self._shows_kinds = False
-        #: The stop string that ended the answer; then nothing more is said.
+        #: The stop string that ended the answer, after which nothing more is emitted.
         self.stopped_by: str | None = None
 
     @property
     def in_thought(self) -> bool:
-        """What follows is thought, as far as it is known."""
+        """Whether reasoning follows, as far as it is known."""
         return self._parser.in_thought
 
     def add(self, text: str, *, may_stop: bool) -> list[Piece]:
@@ -75,8 +75,9 @@ class PieceText:
         return self._unreceived(self._allowed(pieces))
 
     def event(self, pieces: list[Piece]) -> tuple[str, list[Piece] | None]:
-        """What an event says of these pieces: their content, and all of them where that is not the
-        same. The first text that is sent shows that the answer is split."""
+        """What an event carries for these pieces: their content, and the pieces themselves if that
+        is not all of them. The first event with text always carries them, which shows that the
+        answer is split."""
         pieces = merged(pieces)
         content = "".join([piece.text for piece in pieces if piece.kind == CONTENT])
         if not pieces or (self._shows_kinds and all(piece.kind == CONTENT for piece in pieces)):
@@ -110,7 +111,7 @@ class PieceText:
             pieces += self._calls.feed(text)
 
     def _allowed(self, pieces: list[Piece]) -> list[Piece]:
-        """Of an answer that is over with its first call, what belongs to it."""
+        """The pieces up to the end of the first call, if that ends the answer."""
         if not self._single:
             return pieces
         allowed: list[Piece] = []
@@ -142,7 +143,8 @@ class PieceText:
 class PieceStream:
     """The pieces of one answer, token by token. See `TextStream` for what the arguments mean.
 
-    `marks` are the special tokens that the parser must see, whatever the request says of those.
+    `marks` are special tokens that the parser must see, whatever the request says about special
+    tokens.
     """
 
     def __init__(
@@ -168,11 +170,11 @@ class PieceStream:
         self._include_stop = params.include_stop
         self._min_tokens = params.min_tokens
         self._tokens = 0
-        #: Characters of the text as the model wrote it before the next token's own.
+        #: Characters that the model has written before the next token.
         self.place = 0
-        #: Tokens spent on thoughts, their marks included as far as they were seen to be marks.
+        #: Tokens spent on thoughts, including marks as far as they were recognised as such.
         self.reasoning_tokens = 0
-        #: Of the prior tokens, not received.
+        #: Pieces of the prior tokens that the client has not received.
         self._owed: list[Piece] = []
         for token_id in prior_ids:
             if self.over:
@@ -186,15 +188,15 @@ class PieceStream:
 
     @property
     def over(self) -> bool:
-        """A stop string, or the only call that is allowed, ended the answer."""
+        """Whether a stop string or the only call allowed has ended the answer."""
         return self._text.stopped_by is not None or self._text.called
 
     def add(self, token_id: int) -> list[Piece]:
-        """Take the next token of the answer: the pieces that are certain now."""
+        """Take the next token of the answer; returns the pieces that are certain now."""
         return self._with_owed(self._advance(token_id))
 
     def finish(self, ending_token: int | None = None) -> list[Piece]:
-        """The rest of the pieces. `ending_token`: the one that ended the answer, not added."""
+        """The rest of the pieces. `ending_token`: the token that ended the answer, not added."""
         pieces: list[Piece] = []
         if not self.over and ending_token is not None and self._include_stop:
             pieces = self._advance(ending_token)
@@ -204,7 +206,7 @@ class PieceStream:
         return self._with_owed(pieces)
 
     def event(self, pieces: list[Piece]) -> tuple[str, list[Piece] | None]:
-        """What an event says of these pieces, see `PieceText.event`."""
+        """What an event carries for these pieces, see `PieceText.event`."""
         return self._text.event(pieces)
 
     @property

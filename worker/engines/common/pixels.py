@@ -19,7 +19,7 @@ from PIL import Image
 __all__ = ["Samples", "samples_of", "to_rgb"]
 
 BAND_PIXELS = 1 << 20
-"""Pixels of one band: each step of its conversion takes a few milliseconds."""
+"""Pixels of one band, small enough that each step of its conversion takes a few milliseconds."""
 
 _PNG_BIT_DEPTH = 24
 """Offset of the bit depth in a PNG: signature, length and type of IHDR, width, height."""
@@ -29,8 +29,8 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR_CONFIGURATION, _SAMPLE_FORMAT = 258, 262
 _WHITE_IS_ZERO, _IN_PLANES, _SIGNED = 0, 2, 2
 
 UNIT_OVERSHOOT = 2.0
-"""Float images range from 0 to 1. Slightly higher values come from sharpening and highlights; an
-image with range 0 to 255 that never exceeds 2 would be black anyway."""
+"""Up to this value, a float image is taken to range from 0 to 1: sharpening and highlights exceed 1
+slightly, and an image with range 0 to 255 that never exceeds 2 would be black anyway."""
 
 SLACK = 0.25
 """How far float samples may lie outside their range, as a fraction of it; they are clipped."""
@@ -59,7 +59,7 @@ def samples_of(image: Image.Image, data: bytes) -> Samples:
         if bits > 8 and in_planes and image.info.get("compression") == "raw":
             # Pillow would take each byte of a plane for a sample.
             raise ValueError(
-                f"it keeps {bits}-bit colours in planes without compression: save it with 8 bits"
+                f"it has {bits}-bit colours in uncompressed planes: save it with 8 bits"
             )
         return Samples(
             bits=bits,
@@ -71,7 +71,7 @@ def samples_of(image: Image.Image, data: bytes) -> Samples:
 
 
 def to_rgb(image: Image.Image, samples: Samples, shrinkage: int = 1) -> Image.Image:
-    """A new RGB image, with each `shrinkage` by `shrinkage` pixels averaged to one. Raises
+    """A new RGB image, with each block of `shrinkage` by `shrinkage` pixels averaged to one. Raises
     ValueError with the cause for samples of unknown meaning."""
     bands = list(_bands(image, shrinkage))
     if len(bands) == 1:
@@ -127,7 +127,7 @@ def _to_rgb(image: Image.Image, samples: Samples) -> Image.Image:
 
 def _whole_numbers(image: Image.Image, samples: Samples) -> tuple[NDArray[Any], int]:
     """Grey samples of more than 8 bits, and the value of white."""
-    # 32-bit samples: Pillow and others write 16-bit values into them.
+    # Pillow and others write 16-bit values into 32-bit samples.
     white = (1 << min(samples.bits, 16)) - 1
     if samples.signed and samples.bits == 16:
         white >>= 1
@@ -135,7 +135,8 @@ def _whole_numbers(image: Image.Image, samples: Samples) -> tuple[NDArray[Any], 
     low, high = samples.extent or (int(values.min(initial=0)), int(values.max(initial=0)))
     if low < 0 or high > white:
         raise ValueError(
-            f"its grey samples go from {low} to {high}, outside 0 to {white}: save it with 8 bits"
+            f"its grey samples range from {low} to {high}, outside 0 to {white}: save it with 8 "
+            "bits"
         )
     return (white - values if samples.white_is_zero else values), white
 
@@ -150,8 +151,8 @@ def _floats(image: Image.Image, samples: Samples) -> tuple[NDArray[Any], int]:
     # Written so that NaN is refused.
     if not (low >= -SLACK * white and high <= max(UNIT_OVERSHOOT, white * (1 + SLACK))):
         raise ValueError(
-            f"its float samples go from {low:g} to {high:g}, neither 0 to 1 nor 0 to 255: save it "
-            "with 8 bits"
+            f"its float samples range from {low:g} to {high:g}, neither 0 to 1 nor 0 to 255: save "
+            "it with 8 bits"
         )
     grey = np.rint((values / white).clip(0.0, 1.0) * 255.0)
     return (255.0 - grey if samples.white_is_zero else grey).astype(np.uint8), 255

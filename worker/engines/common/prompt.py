@@ -49,7 +49,7 @@ class Prompt:
     #: int64 [len(ids)]: the ids, with placeholders replaced by a digest of their image. Equal
     #: values here mean equal keys and values in the cache.
     key: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    #: Index after the last placeholder; a prefix that is reused reaches at least so far.
+    #: Index after the last placeholder; a prefix that is reused must reach at least this far.
     media_end: int = 0
     image_tokens: int = 0
 
@@ -64,16 +64,16 @@ class Prompt:
 
 
 class Encoded(NamedTuple):
-    """An input of a model that reads it whole."""
+    """An input for a model that reads it whole (embeddings, scores)."""
 
     ids: list[int]
-    #: Which of a pair's texts each token belongs to, for models that are told.
+    #: Which text of a pair each token belongs to, for models that use this.
     types: list[int] | None
 
 
 class PromptBuilder:
-    """Builds prompts for one model. Every method raises `RequestError` for what
-    cannot be served."""
+    """Builds prompts for one model. Every method raises `RequestError` for what cannot be
+    served."""
 
     def __init__(self, facts: ModelFacts, limits: ImageLimits) -> None:
         self._facts = facts
@@ -102,8 +102,8 @@ class PromptBuilder:
             return self._fit(prompt, request, images)
 
     def unexpanded(self, job: Job) -> dict[str, Any]:
-        """For a library that makes inputs of images itself: "ids", the prompt with one
-        placeholder for each image, and "images", the images in order."""
+        """The prompt for a library that processes images itself: "ids", with one placeholder for
+        each image, and "images", the images in order."""
         request = job.request
         images = self.images(job)
         with self._lock:
@@ -134,18 +134,18 @@ class PromptBuilder:
         return len(self._unfitted(job).ids)
 
     def tokenized(self, job: Job) -> dict[str, Any]:
-        """Token ids of a text or of messages, and where asked for the tokens themselves and what
-        is known of the tokenizer (kind tokenize)."""
+        """Token ids of a text or of messages, and if asked for the tokens themselves and what is known
+        about the tokenizer (kind tokenize)."""
         arguments = job.request.tokenize_args
         unknown = set(arguments) - _TOKENIZE_ARGUMENTS
         if unknown or not all(isinstance(value, bool) for value in arguments.values()):
             names = ", ".join(sorted(_TOKENIZE_ARGUMENTS))
-            raise _invalid(f"tokenize_args: {names}, each true or false")
+            raise _invalid(f"tokenize_args takes {names}, each true or false")
         if arguments.get("add_special_tokens", True):
             ids = self._unfitted(job).ids
         else:
             if job.attachments:
-                raise _invalid("add_special_tokens: false is not for prompts with images")
+                raise _invalid("add_special_tokens: a prompt with images cannot have false")
             with self._lock:
                 request = job.request
                 text = request.prompt
@@ -178,8 +178,8 @@ class PromptBuilder:
     def embedding_inputs(
         self, inputs: Items[str | list[int]], *, truncate: bool = False
     ) -> list[list[int]]:
-        """Token ids of the texts to embed, with special tokens, within the context. `truncate`: the
-        end of a text that is too long is left out, its special tokens stay."""
+        """Token ids of the texts to embed, with special tokens, within the context. `truncate`: cut
+        off the end of a text that is too long, but keep its special tokens."""
         return [one.ids for one in self.encoded(inputs, truncate=truncate)]
 
     def encoded(
@@ -228,13 +228,13 @@ class PromptBuilder:
             outside = [index for index in named if index >= len(job.attachments)]
             if outside or len(set(named)) != len(order):
                 raise _invalid(
-                    f"the messages name {len(named)} images, the request carries "
+                    f"the messages name {len(named)} images, but the request carries "
                     f"{len(job.attachments)}: name each attachment in an image part"
                 )
             order = named
         if order and not self._facts.takes_images:
             raise _invalid(
-                f"model {request.model} takes no images, the request carries {len(order)}: "
+                f"model {request.model} takes no images, but the request carries {len(order)}: "
                 "choose a model that does"
             )
         return [
@@ -261,7 +261,7 @@ class PromptBuilder:
         found = text.count(token)
         if found != images:
             raise _invalid(
-                f"the prompt has {found} {RAW_PLACEHOLDER} placeholders, the request carries "
+                f"the prompt has {found} {RAW_PLACEHOLDER} placeholders, but the request carries "
                 f"{images} images: the counts must be equal",
                 placeholders=found,
                 pictures=images,
@@ -269,8 +269,8 @@ class PromptBuilder:
         return text
 
     def _unmarked(self, text: str, images: int) -> str:
-        """The text for a processor that places the image before it by itself (BLIP-2's): a
-        placeholder would then count as another image, or as a word."""
+        """The text without its placeholder, for a processor that puts the image before the text by
+        itself (BLIP-2's) and would take a placeholder for another image or a word."""
         if not images:
             if self._facts.needs_image:
                 raise _invalid("this model only answers about an image: send one")
@@ -280,14 +280,14 @@ class PromptBuilder:
         token = self._template.image_token or RAW_PLACEHOLDER
         if images > 1 or not text.startswith(token) or token in text[len(token) :]:
             raise _invalid(
-                "this model sees one image, before the text: begin the prompt with one "
+                "this model takes one image, before the text: begin the prompt with one "
                 f"{RAW_PLACEHOLDER}"
             )
         return text.removeprefix(token)
 
     @cached_property
     def _places_images(self) -> bool:
-        """Whether the processor places an image by itself and reads a placeholder in the text
+        """Whether the processor puts the image before the text by itself and reads a placeholder
         as a word."""
         token = self._template.image_token or RAW_PLACEHOLDER
 
@@ -308,8 +308,8 @@ class PromptBuilder:
                 return True
             return len(read("a")) > len(self._tokenizer("a")["input_ids"])
         except Exception:
-            # The processor needs a placeholder for each image, or will fail each request
-            # with its cause.
+            # The processor needs a placeholder for each image, or will fail each request with its
+            # cause.
             return False
 
     # --- tokens -----------------------------------------------------------------------------------
@@ -321,13 +321,13 @@ class PromptBuilder:
         return self._open_ended(ids, added)
 
     def _adds_special(self, text: str) -> bool:
-        """Whether the tokenizer should add its special tokens: unless the text already has BOS."""
+        """Whether the tokenizer should add its special tokens: not if the text has BOS already."""
         bos = getattr(self._tokenizer, "bos_token", None)
         return not (bos and text.startswith(bos))
 
     def _open_ended(self, ids: list[int], added: bool) -> list[int]:
-        """The ids without what the tokenizer appended (`add_eos_token`), since an answer continues
-        there. An encoder reads a whole text, including its end."""
+        """The ids without what the tokenizer appended (`add_eos_token`), since the answer continues
+        there. An encoder reads the whole text, including its end."""
         if not added or self._facts.encoder_decoder or self._facts.embedding_only:
             return ids
         behind = self._behind
@@ -372,8 +372,8 @@ class PromptBuilder:
         return self.finished(ids, dict(output), [image.digest for image in images])
 
     def finished(self, ids: list[int], output: dict[str, Any], digests: list[bytes]) -> Prompt:
-        """The prompt of token ids and of a processor's `output`. `digests`: of its images, one for
-        each or one for all; none without images. Raises `RequestError`."""
+        """The prompt made of token ids and a processor's `output`. `digests`: of its images, one
+        for each or one for all; empty without images. Raises `RequestError`."""
         aligned = {
             name: output[name][:, : len(ids)]
             for name in ALIGNED
@@ -383,7 +383,7 @@ class PromptBuilder:
             {
                 name: value
                 for name, value in output.items()
-                # PaliGemma's processor adds labels, which are for training.
+                # PaliGemma's processor adds labels for training.
                 if name not in ("input_ids", "labels", *ALIGNED) and value is not None
             }
             if digests
@@ -409,8 +409,8 @@ class PromptBuilder:
         return self.finished(list(token_ids), {}, [])
 
     def _check_ids(self, token_ids: list[int]) -> None:
-        """Refuse ids for which the model's embedding has no row: on a GPU they would
-        crash the process."""
+        """Refuse ids for which the model's embedding has no row: on a GPU they would crash the
+        process."""
         rows, placeholders = self._facts.embedding_rows, self._facts.placeholder_ids
         worst = max((i for i in token_ids if i not in placeholders), default=0)
         if worst < rows:
@@ -447,7 +447,7 @@ class PromptBuilder:
         if self._of_images(prompt)[keep : keep + cut].any():
             raise RequestError(
                 ErrorCode.CONTEXT_OVERFLOW,
-                f"the prompt has {len(prompt.ids)} tokens, {room} fit, and its images lie "
+                f"the prompt has {len(prompt.ids)} tokens, of which {room} fit, and its images lie "
                 "where it would be cut: send fewer turns or smaller images",
             )
         ids = prompt.ids[:keep] + prompt.ids[keep + cut :]
@@ -518,9 +518,9 @@ def _named_attachments(messages: Items[Message]) -> list[int]:
 def _image_key(
     key: NDArray[np.int64], placed: NDArray[np.bool_], digests: list[bytes]
 ) -> NDArray[np.int64]:
-    """The ids, with placeholders replaced by their image's digest (negative, so that it never
-    equals a token id). If runs of placeholders do not match images one to one (tiles), each stands
-    for all images."""
+    """int64: the ids, with placeholders replaced by their image's digest (negative, so that it
+    never equals a token id). If runs of placeholders do not match images one to one (tiles), each
+    gets a digest of all images."""
     starts = np.flatnonzero(placed & ~np.concatenate([[False], placed[:-1]]))
     if len(starts) == len(digests):
         values = [_negative(digest) for digest in digests]

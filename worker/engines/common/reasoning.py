@@ -1,8 +1,9 @@
-"""How a model marks its thoughts, and the parser of one answer that follows from it.
+"""How a model marks its thoughts, and the parser that follows from this for one answer.
 
-In this order: what the worker was told (`--reasoning-parser`), what the model ships (the response
-template of its tokenizer), the family that its chat template or its vocabulary shows. A model that
-shows none is not split. Must never import torch; transformers only for a response template.
+The format is, in this order, the one that the worker was given (`--reasoning-parser`), the one that
+the model ships (its tokenizer's response template), or that of the family that its chat template or
+vocabulary shows. Otherwise answers are not split. Must never import torch; imports transformers
+only for a response template.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ __all__ = [
 ]
 
 NONE: Final = "none"
-"""As `--reasoning-parser`: answers are not split."""
+"""The value of `--reasoning-parser` for answers that are not split."""
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What of an answer stands in the prompt."""
+    """The part of an answer that stands in the prompt, and what else its parser must know."""
 
-    #: The end of the prompt's text, what the template writes to begin an answer included.
+    #: The end of the prompt's text, including what the template writes to begin an answer.
     tail: str
-    #: The last message, where the answer goes on with it.
+    #: The last message, if the answer continues it.
     message: Message | None = None
-    #: The whole prompt, where it is the caller's own text.
+    #: The whole prompt, if it is the caller's own text.
     token_ids: Sequence[int] = ()
-    #: The tools whose calls are looked for in what is said.
+    #: The tools whose calls are looked for in the content.
     tools: Tools = field(default_factory=dict)
-    #: These calls are told from text behind this parser.
+    #: Calls are found after this parser, in its content.
     calls_known: bool = False
 
 
@@ -58,7 +59,7 @@ class AnswerFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Its name, for people."""
 
     @property
     def special(self) -> tuple[str, ...]:
@@ -66,35 +67,36 @@ class AnswerFormat(Protocol):
 
     @property
     def opening_ids(self) -> frozenset[int]:
-        """Tokens each of which begins a thought."""
+        """Ids of the tokens that begin a thought."""
 
     @property
     def shown(self) -> bool:
-        """The model is known to think: its chat template or what it ships says so, or the worker
-        was told. Some vocabularies have the marks for other models of their family."""
+        """Whether the model is known to think: its chat template or response template says so, or
+        the worker was told. Marks in the vocabulary alone may be meant for other models of the
+        family."""
 
     @property
     def closing(self) -> str | None:
-        """What ends a thought and begins the answer; None: it cannot be told."""
+        """What ends a thought and begins the answer; None: unknown."""
 
     @property
     def closing_before_call(self) -> str | None:
-        """What ends a thought where a call must follow."""
+        """What ends a thought if a call must follow."""
 
     @property
     def calls_open(self) -> str:
-        """What begins the calls that this parser reads itself; empty: it reads none."""
+        """What begins calls, if this parser reads them itself; empty: it does not."""
 
     def parser(self, begun: Begun) -> AnswerParser:
-        """The parser of an answer that begins like this."""
+        """The parser for an answer that begins like this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Models that mark their thoughts alike."""
+    """Models that mark their thoughts in the same way."""
 
     marks: Marks
-    #: What they write between the mark and a thought.
+    #: What they write between a mark and the thought.
     behind: str = "\n"
     #: The marks are plain words: only a chat template shows them.
     words: bool = False
@@ -143,26 +145,27 @@ FAMILIES: Final[dict[str, Family]] = {
         words=True,
     ),
 }
-"""By name, in the order in which they are looked for."""
+"""By name, in the order in which they are tried."""
 
 HARMONY: Final = "harmony"
 
 _WRAPS: Final = (("<answer>", "</answer>"), ("<response>", "</response>"))
-"""What families that mark thoughts by `<think>` may write around the answer that follows: GLM-4.1V
+"""What models that mark thoughts with `<think>` may write around the answer that follows: GLM-4.1V
 and Hunyuan; ERNIE 4.5 and Granite 3.3."""
 
 
 def parser_names() -> list[str]:
-    """What `--reasoning-parser` takes."""
+    """The values that `--reasoning-parser` accepts."""
     return [*FAMILIES, HARMONY, NONE]
 
 
 def find_format(tokenizer: Any, template: str, name: str = "") -> AnswerFormat | None:
-    """How a model writes its answers; None: as one text. `template` is the source of its chat
-    template, `name` what the worker was told. Raises `EngineLoadError` for an unknown name."""
+    """How a model writes its answers; None: as one text. `template`: the source of its chat
+    template; `name`: the worker's `--reasoning-parser`. Raises `EngineLoadError` for an unknown
+    name."""
     if name and name not in parser_names():
         raise EngineLoadError(
-            f"--reasoning-parser {name}: there is none of that name; take one of "
+            f"--reasoning-parser {name}: there is no such parser; choose one of "
             + ", ".join(parser_names())
         )
     if name == NONE:
@@ -205,7 +208,7 @@ def _shows(family: Family, template: str, added: AddedTokens) -> bool:
 
 
 def _special(marks: Sequence[str], added: AddedTokens) -> tuple[str, ...]:
-    """The special tokens that the marks are, or are made of."""
+    """The special tokens of which the marks consist."""
     return tuple(
         text for text, (_, special) in added.items() if special and any(text in m for m in marks)
     )
@@ -247,7 +250,7 @@ class MarkedThoughts:
         return AnswerParser(MarkSplitter(self.marks, opened=opened, continues=True), continues=True)
 
     def _is_open(self, token_ids: Sequence[int]) -> bool:
-        """Of a caller's own prompt: the last mark in it opens a thought."""
+        """Whether the last mark in a caller's own prompt opens a thought."""
         for token_id in reversed(token_ids):
             if token_id in self._close_ids:
                 return False
@@ -257,7 +260,7 @@ class MarkedThoughts:
 
 
 def _ends_in_thought(message: Message, marks: Marks) -> bool:
-    """Whether an answer that goes on with this message goes on with its thought."""
+    """Whether an answer that continues this message continues its thought."""
     content = message.content or ""
     if not isinstance(content, str):
         content = "".join(part.text for part in content if isinstance(part, TextPart))

@@ -1,8 +1,8 @@
-"""Answers of models that ship a response template: transformers' own streaming parser reads them.
+"""Answers of models that ship a response template, read by transformers' own streaming parser.
 
-Only what it says of its regions is taken: its final message keeps the last piece of a field alone.
-What stands in no field of the template is content, so nothing is lost. Must never import torch
-itself.
+Only the parser's events about regions are used, since its final message keeps only the last piece
+of a field. Text in none of the template's fields is content, so nothing is lost. Must never import
+torch itself.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from worker.engines.common.typed_arguments import Tools, typed
 __all__ = ["TemplateFormat"]
 
 _THOUGHTS: Final = ("reasoning_content", "thinking", "reasoning")
-"""Names under which templates keep what was thought."""
+"""Names of the field for reasoning in templates."""
 
 
 class TemplateFormat:
-    """The response template of one model. Raises `EngineLoadError` for one that is not valid."""
+    """The response template of one model. Raises `EngineLoadError` if it is not valid."""
 
     name = "response_template"
     shown = True
@@ -68,7 +68,7 @@ class TemplateFormat:
             if name in (CONTENT, *_THOUGHTS)
         }
         for field in fields.values():
-            # The text is taken as it streams, so nothing is made of a whole region.
+            # The text is used as it streams, so nothing is to be computed from a whole region.
             for key in ("transform", "transform_each", "optional", "repeats", "join"):
                 field.pop(key, None)
             field |= {"content": "text", "content_args": {}}
@@ -86,7 +86,7 @@ class TemplateFormat:
     def _and_calls(
         self, template: dict[str, Any], fields: dict[str, Any]
     ) -> tuple[Any, ResponseTemplateField] | None:
-        """The same with calls, which are taken as text too, and what reads that text."""
+        """The template with a field for calls, also taken as text, and the reader of that text."""
         calls = template.get("fields", {}).get(_CALLS)
         if calls is None:
             return None
@@ -107,7 +107,7 @@ class TemplateFormat:
 
     def parser(self, begun: Begun) -> AnswerParser:
         turn = self._template.truncate_past_last_anchor(begun.tail)
-        # Without the anchor it is not a prompt of this model's.
+        # A prompt without the anchor was not written by this model's template.
         prefix = "" if turn == begun.tail else begun.tail
         template, reader = self._template, None
         if begun.tools and not begun.calls_known and self._with_calls is not None:
@@ -120,11 +120,11 @@ class TemplateFormat:
 _CALLS: Final = "tool_calls"
 _PATTERNS: Final = ("open_pattern", "close_pattern")
 _OUTSIDE: Final = "outside"
-"""A field of ours for what stands in none of the template's."""
+"""Our own field, for text in none of the template's."""
 
 
 def _literals(value: Any) -> list[str]:
-    """A template's mark, or its marks."""
+    """The marks of a field, which may be one or several."""
     return [value] if isinstance(value, str) else list(value or ())
 
 
@@ -138,14 +138,14 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class _CallReader:
-    """Reads regions of calls as the template says, each when it is whole."""
+    """Reads regions of calls as the template says, each once it is complete."""
 
     def __init__(self, reader: ResponseTemplateField, tools: Tools) -> None:
         self._reader = reader
         self._tools = tools
 
     def read(self, region: dict[str, str]) -> list[Piece]:
-        """The calls of a region; its text where it holds none of these tools."""
+        """The calls of a region; its text if it does not consist of calls of these tools."""
         captures = {name: text for name, text in region.items() if name != "content"}
         text = Piece(CONTENT, region["content"])
         try:
@@ -170,7 +170,7 @@ class _CallReader:
         return pieces
 
     def _typed(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What the model wrote as bare text, by the tool's schema; JSON has types of its own."""
+        """The arguments, with bare text typed by the tool's schema; JSON has its own types."""
         if self._reader.content == "json":
             return arguments
         schema = self._tools[name]
@@ -181,7 +181,7 @@ class _CallReader:
 
 
 class _TemplateSplitter:
-    """Events of transformers' parser as pieces."""
+    """Turns the events of transformers' parser into pieces."""
 
     def __init__(
         self,
@@ -191,15 +191,15 @@ class _TemplateSplitter:
         calls: _CallReader | None = None,
     ) -> None:
         self._calls = calls
-        #: Of the call in hand.
+        #: Text of the current call.
         self._region = ""
         self._parser = ResponseParser(template, prefix=prefix)
-        #: What says nothing outside of every field: how a turn begins, and special tokens.
+        #: What is not text outside of every field: the beginning of a turn, and special tokens.
         self._marks = (*(template.start_anchor_literals or ()), *special)
         self._field = ""
-        #: Of what stands outside of every field: it may be the beginning of a mark.
+        #: Text outside of every field that may be the beginning of a mark.
         self._outside = ""
-        #: The prompt has a text that the answer goes on with.
+        #: Whether the prompt has a text that the answer continues.
         self.said = False
         for piece in self._pieces(self._parser.initial_events):
             self.said = not piece.text.isspace()
@@ -221,7 +221,7 @@ class _TemplateSplitter:
             _, events = self._parser.finalize()
             pieces = list(self._pieces(events, at_end=True))
         except KeyError:
-            # A call was cut off before its closing mark, which was to say its name.
+            # A call was cut off before its closing mark, which would have given its name.
             pieces = [Piece(CONTENT, self._region)] if self._region else []
         rest = self._outside
         for mark in self._marks:
@@ -245,7 +245,7 @@ class _TemplateSplitter:
                     self._field = self._region = ""
                     yield from self._calls.read(event["value"])
                 case "region_close":
-                    # At the end of an answer every field is closed, also one that was cut off.
+                    # At the end of an answer every field is closed, even one that was cut off.
                     self._field = self._field if at_end else ""
 
     def _said_outside(self, text: str) -> Iterator[Piece]:

@@ -1,5 +1,5 @@
-"""The interface of a scheduler. There are two, `slots` (a batch) and `fallback` (one by one);
-`lengths` combines them."""
+"""The interface of a scheduler. The transformers engine has two, `slots` (a batch) and `fallback`
+(one by one), and `lengths` combines them; `generator` has one for other libraries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RunnerCounts:
     kv_total_tokens: int = 0
     prefix_tokens: int = 0
     prefix_hit_tokens: int = 0
-    #: Tokens that were drafted and verified, and those of them that were right.
+    #: Tokens that were drafted and verified, and those of them that were accepted.
     draft_tokens: int = 0
     accepted_tokens: int = 0
 
@@ -44,7 +44,7 @@ class Runner(Protocol):
         """Take a sequence; it starts once there is a slot and memory."""
 
     def step(self) -> list[EngineEvent]:
-        """Do one unit of work. Sequences with `cancelled` set end in it."""
+        """Do one unit of work; this ends sequences that have `cancelled` set."""
 
     def counts(self) -> RunnerCounts: ...
 

@@ -1,7 +1,7 @@
 """The sampler's state for one request: its parameters, the tokens so far, and their penalties.
 
-Constant work per token; a function of the request's parameters and tokens alone. Must never import
-torch.
+Constant work per token. The state depends on the request's parameters and tokens alone. Must never
+import torch.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _GREEDY_TEMPERATURE = 1e-37
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number for a token: in (0, 1), 53 bits, a function of only seed and position."""
+    """The random number for a token: in (0, 1), 53 bits, determined by seed and position alone."""
     digest = hashlib.blake2b(struct.pack("<QQ", seed, position), digest_size=8).digest()
     return ((int.from_bytes(digest, "little") >> 11) or 0.5) * 2.0**-53
 
 
 def check_token_ids(params: Params, vocab_size: int) -> None:
-    """Raises RequestError(INVALID_REQUEST) if the parameters contain a token id that the model
-    does not have."""
+    """Check the token ids in the parameters. Raises RequestError(INVALID_REQUEST) for one that the
+    model does not have."""
     named: dict[str, Iterable[int]] = {
         "logit_bias": (token_id for token_id, _ in params.logit_bias),
         "banned_token_ids": params.banned_token_ids,
@@ -49,7 +49,7 @@ def check_token_ids(params: Params, vocab_size: int) -> None:
         if highest >= vocab_size:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
-                f"{name} names token {highest}, but this model's tokens end at {vocab_size - 1}",
+                f"{name} contains token {highest}, but this model's last token is {vocab_size - 1}",
             )
 
 
@@ -75,7 +75,7 @@ class SamplerRow:
     ) -> None:
         self.params = params
         self._constraint = constraint
-        #: If reasoning is separate: the constraint does not apply to it.
+        #: Set if reasoning is separate, so that the constraint does not apply to it.
         self.gate = gate
         self._position = 0
         self._penalised = (
@@ -113,7 +113,7 @@ class SamplerRow:
             )
 
     def _without_thought(self, prior_ids: Sequence[int]) -> Sequence[int]:
-        """The part of an interrupted answer to which its constraint applies: after the
+        """The part of an interrupted answer to which the constraint applies: what follows the
         reasoning."""
         if self.gate is None:
             return prior_ids
@@ -125,7 +125,7 @@ class SamplerRow:
         return prior_ids[begins:]
 
     def _begin(self, text: str) -> None:
-        """Text that a token has after the mark that ends the reasoning begins the answer."""
+        """Begin the answer with the text that a token has after the mark that ends reasoning."""
         if text and self._constraint is not None:
             self._constraint.accept_text(text)
 
@@ -136,7 +136,7 @@ class SamplerRow:
 
     @property
     def opening_ids(self) -> frozenset[int]:
-        """Tokens that may come next although the constraint does not have them."""
+        """Tokens that may come next although the constraint does not allow them."""
         return frozenset() if self.gate is None else self.gate.opening_ids
 
     @property
@@ -155,7 +155,8 @@ class SamplerRow:
         if self._position < len(forced):
             return forced[self._position]
         due = None if self.gate is None else self.gate.forced
-        # A grammar that has thoughts too has whole characters: the mark can only follow one.
+        # A grammar that includes thoughts consists of whole characters, so the mark cannot come
+        # within one.
         if due is not None and self.constraint is not None and not self.constraint.allows([due]):
             return None
         return due
@@ -173,8 +174,8 @@ class SamplerRow:
 
     @property
     def past(self) -> tuple[Ids, Floats]:
-        """Penalised tokens, each once, and what presence and frequency penalty
-        subtract for each."""
+        """Penalised tokens, int64 [N], each once, and what presence and frequency penalty subtract
+        from each one's logit, float32 [N]."""
         count = len(self._places)
         return self._past_ids[:count], self._past_minus[:count]
 
@@ -183,18 +184,18 @@ class SamplerRow:
         """Tokens that must not come next. Before `min_tokens` nothing may end the answer, unless
         its grammar allows nothing else."""
         if self._constraint is not None and self.constraint is None:
-            return self._banned_and_ending  # a thought is not all that was asked for
+            return self._banned_and_ending  # the answer must not end with its reasoning
         if self._position >= self.params.min_tokens or self.finished:
             return self._banned
         return self._banned_and_ending
 
     @property
     def plain(self) -> bool:
-        """Whether earlier tokens of the answer do not matter for later ones, only their number."""
+        """Whether later tokens depend on the number of earlier ones of the answer only."""
         return not self._penalised and self._constraint is None and self.gate is None
 
     def ahead(self, tokens: int) -> SamplerRow:
-        """This row after so many more tokens, for a draw only. The row must be plain."""
+        """This row `tokens` tokens later, only to draw from. The row must be plain."""
         if not tokens:
             return self
         later = SamplerRow.__new__(SamplerRow)
@@ -203,8 +204,8 @@ class SamplerRow:
         return later
 
     def unbound(self, tokens: int) -> SamplerRow:
-        """This row after so many more tokens, without what depends on them (penalties, constraint,
-        thought): for a guess of what will be drawn."""
+        """This row `tokens` tokens later, without what depends on those tokens (penalties,
+        constraint, thought): to guess what will be drawn."""
         later = SamplerRow.__new__(SamplerRow)
         later.__dict__.update(self.__dict__)
         later._position += tokens

@@ -1,8 +1,8 @@
 """Chooses the next token of every row of a batch, each row by its own parameters.
 
-Order of a row: repetition penalty, frequency and presence penalty, bias, bans, constraint; then
-(temperature 0) the most likely token, or temperature, top_k, top_p, min_p and one draw. Log
-probabilities are those of the distribution after penalties, bias, bans and constraint, before
+The order in a row is: repetition penalty, frequency and presence penalty, bias, bans, constraint;
+then the most likely token at temperature 0, otherwise temperature, top_k, top_p, min_p and one
+draw. Logprobs are those of the distribution after penalties, bias, bans and constraint, before
 temperature and the cuts. Each parameter means what it means in transformers' logits processors;
 presence and frequency penalty are OpenAI's. `top_k` 1 is greedy.
 
@@ -47,8 +47,8 @@ Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 #: The logarithm of zero on the wire (OpenAI's value; JSON has no infinity).
 LOGPROB_FLOOR = -9999.0
 
-#: Number of most likely tokens searched first for top_p: confident models seldom need more. A row
-#: that does is searched with `_MORE` times as many, until they suffice; the outcome is the same.
+#: Number of most likely tokens examined first for top_p: confident models seldom need more. For a
+#: row that does, `_MORE` times as many are examined, until they suffice; the outcome is the same.
 _CANDIDATES = 1024
 _MORE = 16
 
@@ -62,7 +62,7 @@ class Sampled(NamedTuple):
     token_id: int
     #: Only if the row requested it.
     logprob: TokenLogprob | None
-    #: False if there is no token, for the reason in `fault`; other rows are not affected.
+    #: False if there is no token, for the reason given in `fault`; other rows are not affected.
     ok: bool
     fault: str = ""
     #: The error code for `fault`.
@@ -158,7 +158,8 @@ class Sampler:
         return failed
 
     def _places(self, ids_of_rows: Sequence[Ids]) -> tuple[Ids, Mask]:
-        """Token ids of each row as indices into the flattened logits, and which ids have one.
+        """Token ids of each row as indices into the flattened logits, and a mask of the ids that
+        have one.
 
         A prompt may contain ids without an output logit, such as image placeholders.
         """
@@ -221,8 +222,8 @@ def _report(
 def _scores(x: torch.Tensor, best: torch.Tensor, tokens: torch.Tensor, top: int) -> torch.Tensor:
     """[R, 1 + 2 * top]: the chosen token's logprob, the highest logprobs, and their ids.
 
-    Always the same number of top tokens: which of several equal ones are included must not depend
-    on what other rows request.
+    The number of top tokens is always the same: which of several equal ones are included must not
+    depend on what other rows request.
     """
     wide = _wide(x.device)
     norm = (
@@ -239,7 +240,8 @@ def _scores(x: torch.Tensor, best: torch.Tensor, tokens: torch.Tensor, top: int)
 def _token_logprob(
     token_id: int, scores: Sequence[float], top: int, token_bytes: Callable[[int], bytes]
 ) -> TokenLogprob:
-    """`scores` is a row of `_scores`. Tokens of probability zero are left out."""
+    """The logprob of a token. `scores` is a row of `_scores`. Tokens of probability zero are left
+    out."""
     count = len(scores) // 2
     pairs = zip(scores[1 : 1 + count], scores[1 + count :], strict=True)
     likeliest = [
@@ -257,11 +259,11 @@ def prompt_logprobs(
     top: int,
     token_bytes: Callable[[int], bytes],
 ) -> list[TokenLogprob]:
-    """The model's log probability of each token of `ids`.
+    """The model's logprob of each token of `ids`.
 
     `logits` [T, V] are from the positions before the tokens: row t predicts `ids[t]`. `top` is the
-    number of most likely tokens wanted. The first token of a prompt has no logits: the caller adds
-    `TokenLogprob(None, ...)` for it.
+    number of most likely tokens to report for each. The first token of a prompt has no logits: the
+    caller adds `TokenLogprob(None, ...)` for it.
     """
     tokens = torch.tensor(list(ids), device=logits.device)
     x = logits.float()
@@ -315,9 +317,9 @@ def _weights(
 ) -> torch.Tensor:
     """exp((x - best) / temperature) in blocks, [R, blocks, _BLOCK], padded with zeros.
 
-    In blocks, because the order of summation of a long row depends on the batch; that of a
-    short one does not, and the sums of the blocks are added in float64. `best` and
-    `temperature` are [R, 1].
+    In blocks, because the order in which a long row is summed depends on the batch; that of a short
+    one does not, and the sums of the blocks are added in float64. `best` and `temperature` are
+    [R, 1].
     """
     count, vocab_size = x.shape
     blocks = -(-vocab_size // _BLOCK)
@@ -334,8 +336,8 @@ def _weights(
 def _draw_whole(
     x: torch.Tensor, best: torch.Tensor, index: list[int], rows: Sequence[SamplerRow]
 ) -> torch.Tensor:
-    """Tokens [R], by inverting the cumulative distribution in vocabulary order: first finding the
-    block, then the token in it. No sorting."""
+    """Tokens [R], by inverting the cumulative distribution in vocabulary order: find the block
+    first, then the token in it. Nothing is sorted."""
     chosen = [(rows[i].params, rows[i].position) for i in index]
     temperature, min_p, u = _columns(
         [[p.temperature, p.min_p, uniform(p.seed, position)] for p, position in chosen], x.device
@@ -368,7 +370,7 @@ def _draw_ranked(
     """Draw from the top of the ranking: tokens [R], and which rows are unsettled [R].
 
     Examines the `room` most likely tokens. A row is unsettled if it may keep more tokens than
-    those; with `room` equal to the vocabulary's size none is.
+    those; none is if `room` equals the size of the vocabulary.
     """
     vocab_size = x.shape[1]
     chosen = [(rows[i].params, rows[i].position) for i in index]
@@ -391,7 +393,7 @@ def _draw_ranked(
         count = (values >= values.gather(1, last - 1)).sum(-1, keepdim=True).clamp_(min=1)
     if any(p.top_p < 1 for p, _ in chosen):
         total = running.gather(1, count - 1)
-        if nucleus:  # summed in the same way whatever the room, so that the outcome is the same
+        if nucleus:  # summed the same way whatever the room, so that the outcome is the same
             spread = _weights(_of(score, nucleus), _of(top, nucleus), _of(temperature, nucleus))
             total[nucleus] = spread.sum(-1).to(u.dtype).sum(-1, keepdim=True)
         within = torch.searchsorted(running, top_p * total) + 1
@@ -407,13 +409,13 @@ def _draw_ranked(
 
 
 def _rank(x: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `room` highest logits of each row and their ids, descending; among equals the lower id
-    first, so that the first one is the greedy choice."""
+    """The `room` highest logits of each row and their ids, in descending order; the lower id comes
+    first among equals, so that the first is the greedy choice."""
     if room < x.shape[1]:
         values, ids = x.topk(room, dim=-1, sorted=False)
     else:
         values, ids = x, torch.arange(room, device=x.device)
-    # One integer orders by value, then by id. Adding zero turns -0.0 into 0.0.
+    # One integer key orders by value, then by id. Adding zero turns -0.0 into 0.0.
     keys = _ascending(values.add(0.0).view(torch.int32)).bitwise_not_().long()
     keys.bitwise_left_shift_(32).bitwise_or_(ids)
     if keys.device.type == "cpu":  # NumPy's vectorised sort takes a tenth of torch's time

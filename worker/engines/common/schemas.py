@@ -3,8 +3,8 @@
 llguidance would violate some schemas: it reads bounds as float64, which cannot represent every
 integer past 2^53, and if a schema declares properties and allows others, the key of another may be
 an escaped spelling of a declared one (`"\\u0061"` is `"a"`). `for_llguidance` narrows such a schema
-to what the library does guarantee, or refuses it. `README.md` lists what is narrowed. Pure: knows
-JSON Schema and the library's limits, and imports neither.
+to what the library does guarantee, or refuses it. `README.md` lists what is narrowed. Knows JSON
+Schema and the library's limits, and imports neither.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final, TypeGuard
 
 __all__ = ["for_llguidance"]
 
-#: Up to here float64 represents every integer.
+#: Up to this value, float64 represents every integer.
 _EXACT: Final = 1 << 53
 #: The largest float64 below 2^63, where the library's integers end.
 _LIMIT: Final = float((1 << 63) - 1024)
@@ -82,8 +82,8 @@ def _check_numbers(value: Any, keyword: str) -> None:
         and (value != float(value) or value > _LIMIT or value < -_LIMIT)
     ):
         raise ValueError(
-            f"`{keyword}` holds the number {value}, which is beyond 2^53 and cannot be kept "
-            "exactly; send it as a string"
+            f"`{keyword}` contains the number {value}, which is beyond 2^53 and cannot be "
+            "represented exactly; send it as a string"
         )
 
 
@@ -116,7 +116,7 @@ def _inward(bound: float, sign: int, *, strict: bool) -> float:
     if sign * nearest < sign * bound or (strict and nearest == bound):
         nearest = math.nextafter(nearest, sign * math.inf)
     if sign * nearest > _LIMIT:
-        raise ValueError(f"the bound {bound} leaves only numbers that are past 64 bits")
+        raise ValueError(f"the bound {bound} allows only numbers that exceed 64 bits")
     nearest = sign * max(sign * nearest, -_LIMIT)
     return int(nearest) if nearest.is_integer() else nearest
 
@@ -138,7 +138,7 @@ def _narrow_keys(schema: dict[str, Any]) -> None:
         return
     schema["additionalProperties"] = False
     if schema.get("patternProperties"):
-        return  # no pattern can say "matches none of these patterns", so others are left out
+        return  # no pattern can say "matches none of these patterns", so no others are allowed
     # A control character can be spelled in two ways.
     without = _CONTROLS if re.search(f"[{_CONTROLS}]", "".join(declared or ())) else ""
     if isinstance(others, dict) and others:
@@ -158,7 +158,8 @@ def _none_of(names: Iterable[str], without: str) -> str:
     names = set(names)
     following = sorted({name[0] for name in names if name})
     ways = [] if "" in names else [""]
-    # First what begins like none of the names; then each first character and what may follow it.
+    # First strings that begin like none of the names; then each first character with what may
+    # follow it.
     ways.append(_any_but(without + "".join(map(_escaped, following))) + _any_but(without) + "*")
     for first in following:
         rest = (name[1:] for name in names if name and name[0] == first)

@@ -30,8 +30,8 @@ __all__ = ["Sequence", "SequenceGroup", "State", "bare_fields", "ends_answer"]
 def ends_answer(
     token_id: int, count: int, params: Params, eos_ids: frozenset[int], *, finished: bool
 ) -> bool:
-    """Whether the answer ends with this token, its `count`th. `finished`: the constraint allows
-    nothing to follow, so `min_tokens` and `ignore_eos` do not matter."""
+    """Whether the answer ends with this token, which is its `count`th. `finished`: the constraint
+    allows nothing to follow, so `min_tokens` and `ignore_eos` do not matter."""
     if token_id not in params.stop_token_ids and token_id not in eos_ids:
         return False
     if finished:
@@ -60,14 +60,15 @@ class Sequence:
     row: SamplerRow
     text: TextStream | PieceStream
     eos_ids: frozenset[int]
-    #: Length of the whole answer, tokens, at which it ends; prior tokens count.
+    #: Number of tokens, including prior ones, at which the answer ends.
     max_tokens: int
     #: Whether PromptFacts are still to be sent.
     wants_facts: bool
     #: The prompt's text, if `echo` was requested, and the offset of each of its tokens in it.
     echo_text: str
     echo_places: list[int]
-    #: If `keep_special` was requested: those that the model has, and the end of the prompt.
+    #: If `keep_special` was requested: the special tokens that the model has, and the end of the
+    #: prompt.
     special: list[str]
     tail: str
     #: Name of the LoRA adapter, or None for the base model.
@@ -82,7 +83,7 @@ class Sequence:
     failed: bool = False
     #: Number of tokens of prompt and answer in the cache.
     filled: int = 0
-    #: Number of tokens behind those that a launched step has computed of a draft.
+    #: Number of draft tokens after those that a launched step has computed.
     drafted: int = 0
     #: M-RoPE: shift of text positions after the images of this sequence.
     rope_delta: int = 0
@@ -96,10 +97,10 @@ class Sequence:
     cached: int = 0
     #: Whether `row` already has the tokens passed to `append_token` (see `RowAhead`).
     row_ahead: bool = False
-    #: Positions of the prompt whose outputs are read, in order; then nothing is generated.
+    #: Positions of the prompt whose outputs are read, in order; if any, nothing is generated.
     reads: tuple[int, ...] = ()
-    #: Lengths of the branches at the prompt's end: texts of which each goes on where all before
-    #: the first one, the stem, ends, and sees nothing of the others.
+    #: Lengths of the branches at the prompt's end: each continues the stem, which is all that
+    #: precedes the first branch, and does not see the other branches.
     branches: tuple[int, ...] = ()
     #: The sequence that computes a prefix for which this one waits, and the length of that prefix.
     follows: Sequence | None = None
@@ -109,11 +110,11 @@ class Sequence:
     first_token_at: float = 0.0
     #: Order of admission: the youngest is preempted first.
     admitted: int = 0
-    #: The latest token, until its events are emitted; the error if there was none.
+    #: The latest token, until its events are emitted; the error if there is no token.
     _untold: int | None = None
     _fault: ErrorInfo | None = None
     _held_ids: list[int] = field(default_factory=list)
-    #: Content, or all of it in pieces where the answer is split.
+    #: The text not sent yet, or its pieces if the answer is split.
     _held_text: str = ""
     _held_pieces: list[Piece] = field(default_factory=list)
     _held_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -125,35 +126,35 @@ class Sequence:
 
     @property
     def stored(self) -> int:
-        """Number of tokens in the cache that may be needed."""
+        """Number of tokens in the cache that may still be needed."""
         return self.filled + self.drafted
 
     @property
     def stem_tokens(self) -> int:
-        """So many tokens are what an ordinary prompt begins with: all of it, or up to its
-        branches."""
+        """Number of tokens before the first branch; all, if there are no branches."""
         return self.total - sum(self.branches)
 
     @property
     def reusable_tokens(self) -> int:
-        """So many tokens may come from elsewhere; the output of the next one is wanted."""
+        """How many tokens may be taken from elsewhere: the output of the next one is needed."""
         return min(self.reads[0], self.stem_tokens) if self.reads else self.total - 1
 
     @property
     def kept_tokens(self) -> int:
-        """Tokens of its row that are worth keeping when it leaves."""
+        """How many tokens of its row are worth keeping when it leaves."""
         return self.filled
 
     @property
     def reads_last(self) -> bool:
-        """The only output that is wanted is that of the last token."""
+        """Whether the only output needed is that of the last token."""
         return not self.reads or self.reads == (self.total - 1,)
 
     def begin(self) -> None:
-        """It gets a row, for the first time or once more: nothing of its prompt was read."""
+        """Called when it gets a row, for the first time or again: none of its outputs count as
+        read."""
 
     def read(self, outputs: torch.Tensor) -> None:
-        """Outputs [some, width] at the next of the positions in `reads`."""
+        """Take the outputs [some, width] at the next positions of `reads`."""
         raise NotImplementedError
 
     @property
@@ -210,7 +211,7 @@ class Sequence:
         return ends_answer(token_id, count, self.params, self.eos_ids, finished=finished)
 
     def append_token(self, sampled: Sampled | None, now: float) -> None:
-        """Append the next token (None where outputs are read). Afterwards `state` is DONE if
+        """Append the next token (None if outputs are read instead). Afterwards `state` is DONE if
         nothing can follow it, whatever its text; `flush_events` returns the events later."""
         assert sampled is not None
         if not sampled.ok:
@@ -339,7 +340,7 @@ class Sequence:
 
 
 def bare_fields(request_id: bytes, prompt: Prompt, adapter: str | None) -> dict[str, Any]:
-    """The fields of a sequence that is only run forward: it needs no sampler and no text."""
+    """The fields of a sequence whose outputs are only read: it needs no sampler and no text."""
     return {
         "request_id": request_id,
         "params": Params(),
@@ -347,7 +348,7 @@ def bare_fields(request_id: bytes, prompt: Prompt, adapter: str | None) -> dict[
         "row": None,
         "text": None,
         "eos_ids": frozenset(),
-        # Room for one token behind the prompt, where prompts computed together store their padding.
+        # Room for one token after the prompt, where prompts computed together store their padding.
         "max_tokens": 1,
         "wants_facts": False,
         "echo_text": "",
@@ -369,7 +370,7 @@ class SequenceGroup:
 
     @property
     def cancelled(self) -> bool:
-        """The sequences are to leave."""
+        """Whether its sequences are to leave the batch."""
         return any(sequence.cancelled for sequence in self.sequences)
 
     @cancelled.setter

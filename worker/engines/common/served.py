@@ -62,28 +62,28 @@ from worker.engines.common.typed_arguments import (
 __all__ = ["BatchModel", "Embedding", "Prepared", "now"]
 
 _JSON_CHARACTERS = 6
-"""Characters of JSON that stand for one character of a model's own syntax, at most: `\\u0000`."""
+"""Maximum number of JSON characters for one character of a model's own syntax: `\\u0000`."""
 
 _ONLY_TRANSFORMERS = (Kind.EMBED, Kind.DECIDE, Kind.RERANK, Kind.CLASSIFY)
-"""Kinds that the transformers engine alone answers."""
+"""Kinds that only the transformers engine answers."""
 
 CONTEXT_IDS = 8
-"""Number of prompt tokens that the text stream of a continued text sees."""
+"""Number of prompt tokens that the text stream sees if the answer continues a text."""
 
-#: Tokens at the end of a prompt that are looked at; longer than what any template writes after the
-#: last message.
+#: Number of tokens examined at the end of a prompt: more than any template writes after the last
+#: message.
 _TAIL_TOKENS = 64
 
 
 class Embedding(Protocol):
-    """A request on its way that no row of the batch serves: an embedding, or decisions one by one.
-    It takes turns with the steps of the batch."""
+    """A running request that has no row in the batch: an embedding, or decisions one by one. It
+    takes turns with the steps of the batch."""
 
     request_id: bytes
     cancelled: bool
 
     def step(self) -> Ended | None:
-        """Compute one piece; returns the end of the request after the last."""
+        """Compute one piece; after the last one, returns the end of the request."""
 
 
 Prepared = Sequence | SequenceGroup | Embedding | Ended
@@ -108,7 +108,7 @@ class _Texts:
         added = added_tokens(facts.tokenizer)
         source = template_source(facts.tokenizer, facts.processor)
         self._call_format = CallFormat(source, added)
-        #: What begins a call that the model's response template reads, no reader of ours.
+        #: What begins a call, if the model's response template reads calls and no reader of ours.
         self._calls_open = ""
         if self.format is not None and not self._call_format.known:
             self._calls_open = self.format.calls_open
@@ -132,7 +132,7 @@ class _Texts:
             return self._constraints.build(params.constraint, ends)
 
     def held(self, request: Request, params: Params, prompt: Prompt) -> Held | None:
-        """What holds the calls of an answer, in the place of the client's own constraint."""
+        """The grammar for the calls of an answer, in place of the client's own constraint."""
         tools = tools_asked_for(request)
         if not tools or not (forces_calls(request) or strict_tools(request)):
             return None
@@ -141,7 +141,8 @@ class _Texts:
         return self._held_calls.held(request, tools, end_ids=ends, tail=tail)
 
     def _calls_read(self, text: str) -> list[tuple[str, str]]:
-        """The calls of probes' tools that are read in a text."""
+        """The calls of probe tools that the model's parser finds in a text; empty if there is
+        anything else in it."""
         tools = probe_schemas()
         parser = unsplit()
         if self.format is not None:
@@ -170,8 +171,8 @@ class _Texts:
         prior: list[int],
         held: Held | None = None,
     ) -> TextStream | PieceStream:
-        """The text of an answer as it is sent; `prior`: its tokens so far."""
-        # A text that goes on where the prompt's ends: a first space is part of it.
+        """The stream that makes an answer's text; `prior`: its tokens so far."""
+        # If the answer continues a text in the prompt, a first space is part of it.
         goes_on = not self.facts.encoder_decoder and (
             request.kind is Kind.COMPLETE or continues_message(request)
         )
@@ -197,7 +198,7 @@ class _Texts:
         )
         marks = format_.special if format_ is not None else ()
         if tools:
-            # Thoughts that do not come apart are text, in which no calls are looked for.
+            # Thoughts that are not split off are text, in which no calls are looked for.
             of_thoughts: MarkedThoughts | None = None
             if format_ is None and isinstance(self.format, MarkedThoughts):
                 of_thoughts = self.format
@@ -217,9 +218,8 @@ class _Texts:
         return PieceStream(self.decoder, params, parser, marks, **so_far)
 
     def _format_for(self, params: Params) -> AnswerFormat | None:
-        """How the answer is split; None: not at all. A model that is not known to think is held to
-        a constraint from its first token, which then may be the mark of a thought like any other.
-        """
+        """How the answer is split; None: not at all. For a model that is not known to think, a
+        constraint applies from the first token on, so the marks of thoughts are ordinary tokens."""
         if self.format is None or PieceKind.REASONING not in params.pieces:
             return None
         held = params.constraint is not None and params.thinking_tokens is None
@@ -234,8 +234,8 @@ class _Texts:
         forces: bool,
         held: Held | None = None,
     ) -> ThoughtGate | None:
-        """What tells the sampler a thought from the answer, if it must know. `forces`: the engine
-        samples with it. Raises RequestError."""
+        """What lets the sampler distinguish a thought from the answer; None if it need not.
+        `forces`: the engine samples with it. Raises RequestError."""
         whole = held is not None and held.whole
         constrained = params.constraint is not None and not whole
         split = self._format_for(params) is not None
@@ -245,25 +245,25 @@ class _Texts:
             return None
         if self.format is None:
             raise _invalid(
-                f"thinking_tokens: it is not known how model {request.model} marks a thought: "
-                "leave it out, or start its worker with --reasoning-parser",
+                f"thinking_tokens: how model {request.model} marks a thought is unknown: leave the "
+                "parameter out, or start the worker with --reasoning-parser",
                 parameter="thinking_tokens",
             )
         parser = self._parser(self.format, request, params, prompt, held=held)
         if not forces:
-            # Where calls are awaited, a thought is free text like the rest.
+            # Under a grammar of free text with calls, a thought is free text like the rest.
             if not parser.speaks and (held is None or held.forced):
                 raise _invalid(
-                    "the constraint would hold the thought that the chat template begins: ask for "
-                    "no thought (enable_thinking), or serve the model with --engine transformers"
+                    "the constraint would apply to the thought that the chat template begins: turn "
+                    "thinking off (enable_thinking), or serve the model with --engine transformers"
                 )
             return None
         closing = None
         if params.thinking_tokens is not None:
             if self.format.closing is None:
                 raise _invalid(
-                    f"thinking_tokens: the response template of model {request.model} does not say "
-                    "in words how a thought ends: leave it out",
+                    f"thinking_tokens: the response template of model {request.model} gives no "
+                    "fixed text that ends a thought: leave the parameter out",
                     parameter="thinking_tokens",
                 )
             before_call = held is not None and held.forced and whole
@@ -291,17 +291,17 @@ class _Texts:
         *,
         forces: bool,
     ) -> Params:
-        """Where no thought is wanted and the template has no word for it, a thought ends as it
-        begins."""
+        """The parameters, with a thought limited to 0 tokens if the request wants none and the
+        template cannot turn it off. Raises RequestError if the engine cannot do this either."""
         if not self.builder.wants_silence(request):
             return params
         if forces and format_.closing is not None:
             return msgspec.structs.replace(params, thinking_tokens=0)
         if self._parser(format_, request, params, prompt).in_thought:
             raise _invalid(
-                f"no thought was asked for (enable_thinking, reasoning_effort), but model "
-                f"{request.model} always thinks: its chat template has no variable against it; "
-                "leave that out",
+                f"thinking was turned off (enable_thinking, reasoning_effort), but model "
+                f"{request.model} always thinks: its chat template has no variable to turn it off; "
+                "leave the parameter out",
                 parameter="enable_thinking",
             )
         return params
@@ -320,13 +320,13 @@ class _Texts:
         if tools and (held is not None or not forces_calls(request)):
             begun = replace(begun, tools=tools, calls_known=self._call_format.known)
         parser = format_.parser(begun)
-        # A grammar with the marks in it, or a call that this parser reads, is not to hide them.
+        # The marks must be seen if the grammar contains them, or if this parser reads the calls.
         if params.constraint is not None and not (held and (held.whole or self._calls_open)):
             parser.think_first()
         return parser
 
     def _begun(self, request: Request, prompt: Prompt) -> Begun:
-        """What of an answer stands in its prompt."""
+        """The part of an answer that stands in its prompt."""
         if request.kind is Kind.COMPLETE:
             tail = self.builder.detokenised(prompt.ids[-_TAIL_TOKENS:])
             return Begun(tail, token_ids=prompt.ids)
@@ -351,10 +351,10 @@ class BatchModel:
             name: _Texts(own, limits) for name, own in facts.adapter_texts.items()
         }
         self._token_bytes: Callable[[int], bytes] = token_table(self._texts.decoder).bytes_of
-        #: Whether tokens are sampled with `SamplerRow`, which holds an answer to its constraint but
-        #: not its reasoning, and can end the reasoning.
+        #: Whether tokens are sampled with `SamplerRow`, which applies a constraint to the answer
+        #: but not to its reasoning, and can end the reasoning.
         self.forces_tokens = True
-        #: Whether answers can be held to a constraint.
+        #: Whether answers can be constrained.
         self.constrains = True
         #: None if it only embeds.
         self.runner: Runner | None = None
@@ -366,7 +366,7 @@ class BatchModel:
     # --- facts ------------------------------------------------------------------------------------
 
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of request that it answers."""
+        """The kinds of request that this model answers."""
         return tuple(kind for kind in Kind if kind not in _ONLY_TRANSFORMERS)
 
     def infos(self) -> list[ModelInfo]:
@@ -451,14 +451,18 @@ class BatchModel:
         facts = texts.facts
         if self.runner is None:
             raise _invalid(
-                f"model {request.model} writes no text: it answers {', '.join(self.kinds())}"
+                f"model {request.model} does not generate text: it answers requests of kind "
+                f"{', '.join(self.kinds())}"
             )
         known = min(facts.vocabulary, facts.embedding_rows)
         check_token_ids(params, known)
         prompt = texts.builder.generation(job)
         prior = request.resume.token_ids if request.resume is not None else []
         if prior and max(prior) >= known:
-            raise _invalid(f"the tokens to resume from are not this model's: id {max(prior)}")
+            raise _invalid(
+                f"the answer cannot be resumed: this model has no token {max(prior)}, which the "
+                "answer so far contains"
+            )
         held = texts.held(request, params, prompt)
         if held is not None and not self.constrains:
             held = self._unheld(held)
@@ -471,7 +475,7 @@ class BatchModel:
         except RequestError:
             if not prior or held is None or not held.forced:
                 raise
-            # It began elsewhere, where calls are held to JSON.
+            # It began on another worker, which holds calls to JSON.
             held, params = None, given
             row = self._row(texts, request, params, prompt, prior, held)
         over = bool(prior) and ends_answer(
@@ -520,7 +524,7 @@ class BatchModel:
         prior: list[int],
         held: Held | None,
     ) -> SamplerRow:
-        """The sampler's state of an answer that has these tokens so far."""
+        """The sampler's state for an answer that has these tokens so far."""
         facts = texts.facts
         constraint = texts.constraint(params)
         gate = texts.gate(request, params, prompt, forces=self.forces_tokens, held=held)
@@ -535,11 +539,12 @@ class BatchModel:
         )
 
     def _unheld(self, held: Held) -> Held | None:
-        """Calls on an engine that constrains nothing. Raises RequestError for what must be held."""
+        """The grammar for calls on an engine that cannot constrain: none. Raises RequestError for
+        strict tools."""
         if held.forced:
-            return None  # its constraint is refused by name
+            return None  # the client's own constraint is refused by name
         raise _invalid(
-            f"a strict tool cannot be kept: engine {self.scheduler} does not hold a model to a "
+            f"a strict tool cannot be enforced: engine {self.scheduler} cannot hold a model to a "
             "schema: leave `strict` out, or serve the model with --engine transformers",
             parameter="tools",
         )
@@ -557,21 +562,23 @@ class BatchModel:
         return None
 
     def add_adapter(self, name: str, own: ModelFacts | None) -> None:
-        """An adapter is in the model now. `own`: facts of its own texts. Between two steps."""
+        """Note that an adapter is in the model now. `own`: the facts of its own tokenizer or
+        template. Called between two steps."""
         if own is not None:
             self.facts.adapter_texts[name] = own
             self._adapter_texts[name] = _Texts(own, self._limits)
         self.facts.adapters = (*self.facts.adapters, name)
 
     def remove_adapter(self, name: str) -> None:
-        """An adapter is no longer in the model. Between two steps, and no job uses it."""
+        """Note that an adapter is no longer in the model. Called between two steps, when no job
+        uses it."""
         self.facts.adapters = tuple(other for other in self.facts.adapters if other != name)
         self.facts.adapter_texts.pop(name, None)
         self._adapter_texts.pop(name, None)
 
     def _with_model_defaults(self, params: Params) -> Params:
-        """The parameters, with values that the caller left open taken from the model's
-        generation config."""
+        """The parameters, with those that the caller left open taken from the model's generation
+        config."""
         own = self.facts.sampling_defaults
         changes = {name: own[name] for name in params.model_defaults if name in own}
         return msgspec.structs.replace(params, **changes) if changes else params

@@ -62,8 +62,9 @@ _LISTING = re.compile(rf"""["']text["']\s*:\s*["']{_FIRST}""")
 
 @dataclass(frozen=True, slots=True)
 class _Forms:
-    """The forms in which a role's content reaches the prompt unchanged."""
+    """Whether each form of a role's content reaches the prompt unchanged."""
 
+    #: A string.
     text: bool
     #: A list of one text part; of several.
     part: bool
@@ -101,8 +102,8 @@ class ChatTemplate:
         control = self._control
         plain = self._arguments(request, control.broken, control.all_broken)
         text = self._apply(plain)
-        # The template may join strings that are harmless alone into a control token. Then, and
-        # only then, those strings are broken up too.
+        # The template may join strings that are harmless on their own into a control token. Then,
+        # and only then, those strings are broken up too.
         apart = self._arguments(
             request,
             lambda piece: control.edges_broken(control.broken(piece)),
@@ -117,8 +118,8 @@ class ChatTemplate:
         return text
 
     def probed(self, turns: list[dict[str, Any]], *, begins: bool = False) -> str | None:
-        """Turns of a text or of `tool_calls` through the template; None: it refuses them. `begins`:
-        with what begins an answer."""
+        """Render turns that have a text or `tool_calls`; None: the template refuses them. `begins`:
+        add what begins an answer."""
         conversation: list[dict[str, Any]] = []
         for turn in turns:
             text = turn.get("content")
@@ -139,7 +140,7 @@ class ChatTemplate:
             return None  # a template is a program, and may raise anything
 
     def wants_silence(self, request: Request) -> bool:
-        """The request asks for no thought, and the template has no variable that says so."""
+        """Whether the request turns thinking off and the template has no variable for that."""
         return self.present and self._asked(request).silent
 
     def image(self) -> str:
@@ -153,7 +154,7 @@ class ChatTemplate:
         marks = () if self._processor is None else (self.image_token or "", RAW_PLACEHOLDER)
         return ControlTokens(self._tokenizer, self._processor, self._source, marks, self._turns)
 
-    # --- what a client may ask --------------------------------------------------------------------
+    # --- what a client may send -------------------------------------------------------------------
 
     def _check(self, request: Request) -> None:
         for message in request.messages or ():
@@ -164,7 +165,9 @@ class ChatTemplate:
                     "the model's chat template names"
                 )
         for name in sorted(_OURS.intersection(request.template_args)):
-            raise _invalid(f"template_args cannot hold {name}: the chat template is the model's")
+            raise _invalid(
+                f"template_args cannot contain {name}: it comes from the model or has its own field"
+            )
 
     def _names(self, role: str) -> bool:
         """Whether the template compares roles with this one."""
@@ -342,7 +345,7 @@ class ChatTemplate:
     def _conversations(
         self, role: str, content: Any, *, called: bool
     ) -> Iterator[list[dict[str, Any]]]:
-        """Short conversations with such a message, in orders that templates accept."""
+        """Short conversations with a message of this role, in orders that templates accept."""
         message: dict[str, Any] = {"role": role, "content": content}
         if role == "user":
             yield [message]
@@ -362,8 +365,8 @@ class ChatTemplate:
 
     @cached_property
     def _no_words(self) -> Any:
-        """The content of a tool call without text: the first that the template accepts of none, an
-        empty string or list, and an empty text part."""
+        """The content of a tool call without text: the first of no content, an empty string or
+        list, and an empty text part that the template accepts."""
         calling = {"role": "assistant", "tool_calls": [_CALL]}
         whole = self._forms_of("assistant", called=False).text
         contents: list[dict[str, Any]] = [{}, {"content": ""}]
@@ -408,7 +411,7 @@ class ChatTemplate:
 
     @cached_property
     def _shown_image(self) -> str:
-        """A user's image between two words, as the template renders it; empty if it fails."""
+        """A user's image between two words, as the template renders them; empty if it fails."""
         content: Any = [{"type": "text", "text": _FIRST}, {"type": "image"}]
         content.append({"type": "text", "text": _SECOND})
         forms = self._forms_of("user", called=False) if self.present else None
@@ -461,7 +464,7 @@ def continues_message(request: Request) -> bool:
 
 
 def _ends_in_thought(request: Request) -> bool:
-    """The last message is a thought that nothing was said after."""
+    """Whether the last message is a thought without content after it."""
     last = (request.messages or [Message(role="user")])[-1]
     return bool(last.reasoning_content) and not last.content and not last.tool_calls
 
@@ -553,7 +556,7 @@ def _parsed_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _argument_map(arguments: Any) -> dict[str, Any]:
     """The arguments of a call, which clients send as JSON text. Text that is cut off or malformed
-    is kept under the name "arguments", so that the conversation can go on."""
+    is kept under the name "arguments", so that the conversation can continue."""
     value = arguments
     if isinstance(arguments, str):
         try:
@@ -561,14 +564,14 @@ def _argument_map(arguments: Any) -> dict[str, Any]:
         except (ValueError, RecursionError):
             value = arguments
         if _nested_beyond(value, MAX_NESTING):
-            value = arguments  # no template could write it
+            value = arguments  # no template could render it
     if value is None:
         return {}
     return value if isinstance(value, dict) else {"arguments": value}
 
 
 def _shown_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """The tools without `strict`, which is said to the engine and not to the model."""
+    """The tools without `strict`, which concerns the engine and not the model."""
     shown = []
     for tool in tools or ():
         function = tool.get("function")

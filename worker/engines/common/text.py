@@ -1,8 +1,8 @@
 """From token ids to the text of an answer: detokenization, stop strings, and both for one request.
 
-The engine holds a `TextStream` per request; `Detokenizer` and `StopBuffer` are its parts. All three
-depend on the token ids alone: replaying the same ids gives the same text, cut at the same places.
-That is how another worker can continue a stream (`prior_ids`).
+The engine holds one `TextStream` per request; `Detokenizer` and `StopBuffer` are its parts. All
+three depend on the token ids alone: replaying the same ids gives the same text, cut at the same
+places. That is how another worker can continue a stream (`prior_ids`).
 
 Work per token is constant, and text is never sent twice or taken back. This module must never
 import torch, and never tokenize: it only turns ids into text.
@@ -69,10 +69,10 @@ def _byte_level_bytes(token: str) -> bytes:
 
 
 class TokenTable:
-    """The bytes of every token of one tokenizer, and whether joining them gives the same as
+    """The bytes of every token of one tokenizer, and whether joining them gives the same text as
     `decode`.
 
-    `exact` is tested: a table is compared with `decode` when it is built. If it is False
+    `exact` is tested by comparison with `decode` when the table is built. If it is False
     (WordPiece, Metaspace, slow tokenizers, unknown decoders), the bytes are used only for display,
     and text comes from `decode`.
     """
@@ -314,8 +314,8 @@ class Detokenizer:
 
 
 def text_length(tokenizer: Any, ids: Sequence[int]) -> int:
-    """Length in characters of the text of the ids, with special tokens but without half a character
-    at the end."""
+    """Length in characters of the text of the ids, with special tokens but without an incomplete
+    character at the end."""
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
     return sum(len(detokenizer.add(token_id)) for token_id in ids)
 

@@ -1,8 +1,8 @@
-"""Where the next token of an answer stands: in a thought, or in what is said.
+"""Whether the next token of an answer belongs to a thought or to the content.
 
-The sampler asks before every token: a constraint holds what is said and not the thought, and a
-thought that has used up its budget is closed, token by token. Like the parser that it reads with it
-is a function of the tokens alone, so an interrupted answer goes on as it would have. Must never
+The sampler asks before every token: a constraint applies to content but not to a thought, and a
+thought that has used up its budget is closed, token by token. Like the parser that it uses, the
+gate depends on the tokens alone, so an interrupted answer continues as it would have. Must never
 import torch.
 """
 
@@ -20,17 +20,17 @@ __all__ = ["Closing", "ThoughtGate"]
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """How many tokens a thought may have, and those that close it."""
+    """How many tokens a thought may have, and the tokens that close it."""
 
     limit: int
     token_ids: Sequence[int]
 
 
 class ThoughtGate:
-    """The thoughts of one answer as its tokens come.
+    """Follows the thoughts of one answer as its tokens come.
 
-    `opening_ids`: each begins a thought, where none is open yet. `constrained`: what is said is
-    held to a constraint, so a thought can only come before it. `whole`: a constraint holds thoughts
+    `opening_ids`: tokens that begin a thought if none is open. `constrained`: the content is under
+    a constraint, so a thought can only come before it. `whole`: a constraint applies to thoughts
     and marks too.
     """
 
@@ -50,34 +50,34 @@ class ThoughtGate:
         self._closing = closing
         self._constrained = constrained
         self._whole = whole
-        #: What is said has begun, and is constrained: nothing is looked at any more.
+        #: Constrained content has begun: no more thoughts are looked for.
         self._over = False
-        #: Tokens that may begin a thought now, though no constraint has them.
+        #: Tokens that may begin a thought now, although the constraint does not allow them.
         may_open = constrained and parser.speaks and not parser.settled
         self.opening_ids = opening_ids if may_open else frozenset()
-        #: Tokens of the thought in hand, without the mark that began it.
+        #: Number of tokens in the current thought, without the mark that began it.
         self._spent = 0
-        #: What is still to come of the tokens that close it.
+        #: The rest of the tokens that must close it.
         self._due: list[int] = []
         self._spend(0)
 
     @property
     def suspends(self) -> bool:
-        """The next token is not part of what is said: no constraint counts for it."""
+        """Whether the next token is not content, so that no constraint applies to it."""
         return not (self._over or self._whole or self._parser.speaks)
 
     @property
     def forced(self) -> int | None:
-        """The token that must come next: the budget is used up."""
+        """The token that must come next because the budget is used up."""
         return self._due[0] if self._due else None
 
     def takes(self, token_id: int) -> bool:
-        """Whether this token is no part of what is said, or begins a thought."""
+        """Whether this token is not content, or begins a thought."""
         return self.suspends or token_id in self.opening_ids
 
     def append(self, token_id: int) -> str:
-        """Take the next token of the answer. Returns what it says behind the mark that ends a
-        thought: of a constrained answer, its beginning."""
+        """Take the next token of the answer. Returns the text that it has after the mark that ends
+        a thought, with which a constrained answer begins."""
         if self._over:
             return ""
         thought, suspended = self._parser.in_thought, self.suspends
@@ -91,14 +91,14 @@ class ThoughtGate:
         self._spend(int(thought))
         if not (self._constrained and suspended and self._parser.speaks):
             return ""
-        # White space that was to follow the mark is for the constraint to allow.
+        # Of the tokens due, white space after the mark is left to the constraint.
         self._over, self._due = True, []
         return "".join(
             piece.text for piece in [*pieces, *self._parser.finish()] if piece.kind == CONTENT
         )
 
     def _spend(self, tokens: int) -> None:
-        """Count tokens of the thought in hand; at its limit the tokens that close it are due."""
+        """Count tokens of the current thought; at its limit the tokens that close it are due."""
         if not self._parser.in_thought:
             self._spent = 0
             return

@@ -1,7 +1,8 @@
 """Whether and how hard a model is to think, in the variables of its own chat template.
 
-Clients say `enable_thinking` or `thinking` (true, false), or `reasoning_effort` (a word); templates
-read one of these, another, or none. Which one is found out by trying. Must never import torch.
+Clients send `enable_thinking` or `thinking` (true, false), or `reasoning_effort` (a word);
+templates read one of these variables, another, or none. Which one is found out by trying. Must
+never import torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Final
 __all__ = ["EFFORT", "EFFORTS", "Asked", "ThinkingWords", "find_words"]
 
 EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-"""The efforts that clients name, the least first."""
+"""The efforts that clients may ask for, the least first."""
 
 _ASKED: Final = ("enable_thinking", "thinking")
 EFFORT: Final = "reasoning_effort"
@@ -27,34 +28,34 @@ _BUDGETS: Final = ("thinking_budget",)
 """Variables that take a number of tokens, where 0 means no thought: Seed-OSS."""
 
 Render = Callable[[dict[str, Any]], str | None]
-"""A short conversation as the template renders it with these variables; None where it fails."""
+"""Renders a short conversation with these variables; None if the template fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request asks of a thought."""
+    """What a request asks about thinking."""
 
     #: The template's variables.
     variables: dict[str, Any]
-    #: No thought is wanted, and the template has no word for that.
+    #: Thinking is turned off, and the template has no variable for that.
     silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ThinkingWords:
-    """What a chat template reads."""
+    """The variables about thinking that a chat template reads."""
 
-    #: Takes true or false.
+    #: The variable that takes true or false.
     switch: str | None = None
-    #: Takes a number of tokens.
+    #: The variable that takes a number of tokens.
     budget: str | None = None
-    #: Words that `reasoning_effort` takes; empty: the template does not read it.
+    #: The words that `reasoning_effort` takes; empty: the template does not read it.
     efforts: tuple[str, ...] = ()
     source: str = ""
 
     def asked(self, given: dict[str, Any]) -> Asked:
-        """The variables of a request in the template's words. Raises ValueError for a request that
-        contradicts itself, or names an effort that nobody knows."""
+        """A request's variables, translated to the template's. Raises ValueError for a request that
+        contradicts itself or names an unknown effort."""
         variables = dict(given)
         if not variables.keys() & {*_ASKED, EFFORT}:
             return Asked(variables)
@@ -62,7 +63,7 @@ class ThinkingWords:
         for name in _ASKED:
             if isinstance(given.get(name), bool):
                 if wish is not None and wish is not given[name]:
-                    raise ValueError("enable_thinking and thinking say the opposite of each other")
+                    raise ValueError("enable_thinking and thinking contradict each other")
                 wish = given[name]
                 if name != self.switch:
                     del variables[name]
@@ -71,7 +72,7 @@ class ThinkingWords:
             effort = None  # a word of the template's own
         if effort is not None:
             if effort not in EFFORTS:
-                raise ValueError(f"{EFFORT} {effort!r}: take one of {', '.join(EFFORTS)}")
+                raise ValueError(f"{EFFORT} {effort!r}: choose one of {', '.join(EFFORTS)}")
             wants = effort != "none"
             if wish is not None and wish is not wants:
                 raise ValueError(f"{EFFORT} {effort!r} and enable_thinking contradict each other")
@@ -96,14 +97,14 @@ class ThinkingWords:
         if not thinking:
             return {}
         if effort is None:
-            # Where the word for no thought may be the default, another one must be said.
+            # The default may be the word that turns thinking off, so another one must be given.
             return {EFFORT: thinking[-1]} if "none" in self.efforts else {}
         place = EFFORTS.index(effort)
         return {EFFORT: min(thinking, key=lambda word: abs(EFFORTS.index(word) - place))}
 
 
 def find_words(source: str, render: Render) -> ThinkingWords:
-    """What the template with this source reads."""
+    """Which variables about thinking the template with this source reads."""
 
     def differ(name: str, *values: Any) -> bool:
         texts = [render({name: value}) for value in values]
@@ -120,7 +121,7 @@ def find_words(source: str, render: Render) -> ThinkingWords:
     if len({render({EFFORT: word}) for word in taken}) < 2:
         return words
     named = [word for word in taken if _quoted(word, source)]
-    # A template that names no more than its default writes the word into the prompt as it is.
+    # A template that names only its default writes the given word into the prompt as it is.
     known = named if len(named) > 1 else [w for w in taken if w in _COMMON or w in named]
     return replace(words, efforts=tuple(known))
 

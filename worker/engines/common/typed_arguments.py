@@ -1,7 +1,7 @@
 """Arguments of a tool call from a model that writes them as bare text, typed by the tool's schema.
 
-Pure: the schema in, JSON values out. Models that write JSON say the types themselves; theirs are
-never changed. Must never raise, whatever a schema or a model says.
+Values from models that write JSON have types already and are never changed. Must never raise,
+whatever a schema or a model says.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Tools = Mapping[str, Mapping[str, Any]]
 """The schema of each tool's arguments, by the tool's name."""
 
 _MAX_DEPTH: Final = 32
-"""References and alternatives that are followed within each other."""
+"""How deeply nested references and alternatives are followed."""
 
 _TYPE_NAMES: Final = {
     bool: "boolean",
@@ -43,7 +43,7 @@ _TYPE_NAMES: Final = {
 
 
 def tools_asked_for(request: Request) -> Tools:
-    """The tools whose calls a request wants to be told from text."""
+    """The tools whose calls a request wants separated from the text."""
     tools: dict[str, Mapping[str, Any]] = {}
     if PieceKind.CALL not in request.params.pieces or request.kind is not Kind.CHAT:
         return tools
@@ -57,7 +57,7 @@ def tools_asked_for(request: Request) -> Tools:
 
 
 def forces_calls(request: Request) -> bool:
-    """The answer can be nothing but calls: the client's constraint for `tool_choice` says so."""
+    """Whether the answer can only be calls: the client's constraint for `tool_choice` says so."""
     return request.params.constraint is not None and request.tool_choice not in (
         None,
         "auto",
@@ -66,7 +66,8 @@ def forces_calls(request: Request) -> bool:
 
 
 def strict_tools(request: Request) -> frozenset[str]:
-    """The tools whose calls are to be held to their schemas, though the model is free to call."""
+    """Names of the tools whose calls must satisfy their schemas, though the model is free to
+    call."""
     strict = set()
     for tool in request.tools or ():
         function = tool.get("function", tool)
@@ -76,7 +77,7 @@ def strict_tools(request: Request) -> frozenset[str]:
 
 
 def said_before(request: Request) -> str:
-    """The text of the message that the answer goes on with, if it does."""
+    """The text of the message that the answer continues; empty if it continues none."""
     if not request.template_args.get("continue_final_message") or not request.messages:
         return ""
     content = request.messages[-1].content
@@ -84,8 +85,8 @@ def said_before(request: Request) -> str:
 
 
 def typed(text: str, key: str, schema: Mapping[str, Any]) -> Any:
-    """The value of argument `key`, from its text. What fits none of the schema's types stays text,
-    and so does everything that may be a string unless it fits another type that is allowed."""
+    """The value of argument `key`, from its text. A text that fits none of the schema's types stays
+    text, as does one that may be a string unless it fits another type that is allowed."""
     properties = schema.get("properties")
     own = properties.get(key) if isinstance(properties, Mapping) else None
     types = list(dict.fromkeys(_types(own, schema, _MAX_DEPTH)))
@@ -100,14 +101,14 @@ def typed(text: str, key: str, schema: Mapping[str, Any]) -> Any:
 
 
 def is_text(key: str, schema: Mapping[str, Any]) -> bool:
-    """Argument `key` is a string, whatever its text."""
+    """Whether argument `key` is a string, whatever its text."""
     properties = schema.get("properties")
     own = properties.get(key) if isinstance(properties, Mapping) else None
     return set(_types(own, schema, _MAX_DEPTH)) in ({"string"}, {"string", "null"})
 
 
 def _types(schema: Any, root: Mapping[str, Any], depth: int) -> Iterator[str]:
-    """The JSON types that a schema allows, as far as it says; in its order."""
+    """The JSON types that a schema names, in its order."""
     if not isinstance(schema, Mapping) or not depth:
         return
     if isinstance(reference := schema.get("$ref"), str):
@@ -132,7 +133,7 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> Iterator[str]:
 
 
 def referred(reference: str, root: Mapping[str, Any]) -> Any:
-    """What a reference within the schema stands for; None for any other."""
+    """What a reference within the schema refers to; None for any other reference."""
     if not reference.startswith("#"):
         return None
     found: Any = root
@@ -152,7 +153,7 @@ def _as(type_: str, text: str) -> tuple[bool, Any]:
                 number = float(text)
                 whole = number.is_integer() if math.isfinite(number) else False
                 if whole and (type_ == "integer" or not set(text) & set(".eE")):
-                    # Digits by themselves are exact beyond what a float holds.
+                    # Plain digits are read exactly, beyond what a float can represent.
                     return True, int(number) if set(text) & set(".eE") else int(text)
                 return type_ == "number" and math.isfinite(number), number
             case "boolean":
@@ -169,7 +170,7 @@ def _as(type_: str, text: str) -> tuple[bool, Any]:
 
 
 def _container(text: str) -> Any:
-    """An object or array in JSON, or as Python writes it."""
+    """An object or array in JSON or in Python's notation."""
     try:
         return json.loads(text)
     except ValueError:
