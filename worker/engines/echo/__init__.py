@@ -1,4 +1,4 @@
-"""The engine without a model: it answers with words made up from the prompt, for tests and demos.
+"""The engine without a model: it answers with the prompt or made-up words, for tests and demos.
 
 Must never import a machine-learning library.
 """

@@ -17,9 +17,9 @@ is its reasoning; a sampled answer begins with `think_tokens` tokens between the
     mode            echo | sampled                                            [echo]
     answer_tokens   length of a sampled answer                                [64]
     think_tokens    length of the thought before a sampled answer             [0]
-    tokens_per_step tokens of each event                                      [1]
-    step_delay_ms   sleep of each step while the request runs                 [0]
-    prefill_ms      time before the first token; other requests go on         [0]
+    tokens_per_step tokens in each event                                      [1]
+    step_delay_ms   sleep in each step while the request runs                 [0]
+    prefill_ms      time before the first token; other requests continue      [0]
     error_at        fails with engine_error before token N                    [-1]
     oom_at          fails with out_of_memory before token N                   [-1]
     raise_at        raises out of `step` before token N: a broken engine      [-1]
@@ -203,7 +203,7 @@ class EchoEngine:
 
     @staticmethod
     def _ended(run: Run, reason: FinishReason, stopped_by: str | int | None) -> Ended:
-        """The end, with what was said and stands in no other event."""
+        """The end of a run, with the text that no other event contained."""
         text, pieces = run.taken()
         usage, timings = run.usage(), run.timings()
         return Ended(run.request_id, reason, text, usage, timings, None, stopped_by, pieces)
@@ -302,14 +302,14 @@ class EchoEngine:
         )
 
     def _replay(self, job: Job, run: Run, events: list[EngineEvent]) -> bool:
-        """Take the tokens of a resumed request as if they were generated; True when they complete
-        the answer."""
+        """Take the tokens of a resumed request as if they were generated here; True if they
+        complete the answer."""
         prior = job.request.resume.token_ids if job.request.resume else []
         for token in prior:
             run.say(token)
             text, pieces = run.taken()
             if text or pieces:
-                # What was certain with these tokens but was not received goes first.
+                # Text that these tokens complete but the client has not received goes first.
                 events.append(Tokens(job.request_id, [], text, None, pieces))
             if self._finish(run, token, events):
                 return True
@@ -351,13 +351,13 @@ class EchoEngine:
             events.append(Tokens(run.request_id, ids, text, logprobs, pieces))
             self._finish(run, ids[-1], events)
         else:
-            # Nothing to say: an empty prompt echoed.
+            # There are no tokens: an empty prompt is echoed.
             run.end()
             events.append(self._ended(run, FinishReason.STOP, None))
             del self._runs[run.request_id]
 
     def _finish(self, run: Run, token: int, events: list[EngineEvent]) -> bool:
-        """Whether the answer ends with this token; then its end is among the events."""
+        """Whether the answer ends with this token; if so, its end is added to the events."""
         found = end_of(run, token)
         if found is None:
             return False

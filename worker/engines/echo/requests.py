@@ -1,5 +1,7 @@
-"""Requests of the echo engine: their prompts, and the answers that need no stream. Must
-never import torch."""
+"""Requests of the echo engine: their prompts, and the answers that need no stream.
+
+Must never import torch.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def required(value: Any, request: Request) -> Any:
 
 
 def whole_prompt(request: Request, attachments: int) -> tuple[str, str, list[int]]:
-    """The whole prompt, the part to echo, and the attachments in the order in which they appear."""
+    """The whole prompt, the part to echo, and the indices of attachments in order of appearance.
+    Raises RequestError."""
     if request.messages is None:
         if request.token_ids is not None:
             text = detokenize(request.token_ids)
@@ -67,7 +70,8 @@ def whole_prompt(request: Request, attachments: int) -> tuple[str, str, list[int
         if attachments and places != attachments:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
-                f"{attachments} images came, the prompt has {places} places for one",
+                f"the request carries {attachments} images, but the prompt has {places} "
+                "<image> placeholders",
             )
         return text, text, list(range(attachments))
     lines, images, echoed = [], [], ""
@@ -90,13 +94,13 @@ def whole_prompt(request: Request, attachments: int) -> tuple[str, str, list[int
     if missing or len(set(images)) != attachments:
         raise RequestError(
             ErrorCode.INVALID_REQUEST,
-            f"the messages show {len(set(images))} images, {attachments} came with them",
+            f"the messages show {len(set(images))} images, but the request carries {attachments}",
         )
     return "".join(lines), echoed, images
 
 
 def answer_about(job: Job, prompt: str, prompt_ids: list[int]) -> Ended:
-    """The answer of count, tokenize and template."""
+    """The answer to count, tokenize and template."""
     results: dict[Kind, dict[str, Any]] = {
         Kind.COUNT: {"count": len(prompt_ids)},
         Kind.TOKENIZE: {"token_ids": prompt_ids},
@@ -134,8 +138,8 @@ def embeddings(job: Job) -> Ended:
 
 
 def classifications(job: Job) -> Ended:
-    """Scores: of a pair to rerank, the share of the query's words in the document; of what is to be
-    classified, the shares of its tokens with even and odd ids."""
+    """Scores: for a pair to rerank, the share of the query's words that occur in the document; for
+    an input to classify, the shares of its tokens with even and odd ids."""
     request = job.request
     given: Any = request.pairs if request.pairs is not None else request.inputs
     rows, total = [], 0
@@ -160,7 +164,7 @@ def classifications(job: Job) -> Ended:
 
 
 def decisions(job: Job) -> Ended:
-    """Decisions: probabilities that follow from state and images, the question and each answer."""
+    """Decisions: probabilities computed from state and images, the question and each answer."""
     request = job.request
     state = _json(request.state) + b"".join(job.attachments)
     answers, tokens = {}, 0

@@ -1,6 +1,6 @@
-"""One request that the echo engine answers: what it says next, and how its answer ends.
+"""One request that the echo engine answers: its next tokens, and how its answer ends.
 
-Must stay a pure function of the request and the tokens so far, but for its clocks. Must never
+Must depend on nothing but the request and the tokens so far, except in its timings. Must never
 import torch.
 """
 
@@ -33,7 +33,7 @@ __all__ = ["FAULTS", "Options", "Run", "end_of"]
 
 
 class Options(msgspec.Struct, frozen=True):
-    """Of one request; see the module's docstring."""
+    """Options of one request; `worker.engines.echo.engine` describes them."""
 
     mode: str = "echo"
     answer_tokens: int = 64
@@ -98,9 +98,9 @@ class Run:
         self.params = params
         self.prompt_ids = prompt_ids
         self.prompt_hash = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
-        #: The echo, or None where tokens are sampled.
+        #: The tokens of the echo; None if tokens are sampled.
         self.answer: list[int] | None = None
-        #: Tokens of the thought before a sampled answer, its marks included: word tokens are -1.
+        #: Tokens of the thought before a sampled answer, including its marks; -1 for each word.
         self.thought: list[int] = []
         if options.mode == "echo":
             said = within_budget(prefix + prompt, params.thinking_tokens)
@@ -116,7 +116,7 @@ class Run:
             self.end_at = 1 << 30
         prior = request.resume.token_ids if request.resume else []
         tools = tools_asked_for(request)
-        #: The answer in pieces, or None where it is one text.
+        #: Splits the answer into pieces; None if it is one text.
         self.pieces: PieceText | None = None
         splits = format_ is not None and PieceKind.REASONING in params.pieces
         if splits or tools:
@@ -134,11 +134,11 @@ class Run:
                 single=not request.parallel_tool_calls,
             )
         self.text = Text([] if self.pieces else params.stop, params.include_stop)
-        #: Said, and not yet in an event.
+        #: Text and pieces that are in no event yet.
         self.said = ""
         self.said_pieces: list[Piece] = []
         self.reasoning_tokens = 0
-        #: Characters that the client already has of the text to come.
+        #: How many characters of the text to come the client has already.
         self.skip = request.resume.text_characters if request.resume else 0
         if self.skip:
             check_received(self.skip, len(Text([], include_stop=False).push(prior)))
@@ -147,7 +147,7 @@ class Run:
         self.fault_at = {
             at: name for name in FAULTS if faults and (at := getattr(options, name)) >= 0
         }
-        #: Words alone, drawn many at a time, as long as nothing but the answer's end is to come.
+        #: Only words are drawn, so many can be drawn at once, up to the end of the answer.
         self.plain = (
             self.answer is None
             and not (params.forced_token_ids or params.stop_token_ids or self.fault_at)
@@ -174,7 +174,7 @@ class Run:
         return self.answer[position % len(self.answer)] if self.answer else ord(".")
 
     def draw(self, count: int) -> list[int]:
-        """The next tokens of a sampled answer; they count as said."""
+        """Draw the next tokens of a sampled answer and advance by them."""
         at = self.position - self.drawn_from
         ids = self.drawn[at : at + count]
         while len(ids) < count:
@@ -185,7 +185,7 @@ class Run:
         return ids
 
     def visible(self, text: str) -> str:
-        """Text without what the client has already."""
+        """The text without what the client has already."""
         if self.skip:
             hidden = min(self.skip, len(text))
             self.skip -= hidden
@@ -194,7 +194,7 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """A stop string, or the only call that is allowed, ended the answer."""
+        """Whether a stop string or the only call allowed has ended the answer."""
         return self.stopped_by is not None or (self.pieces is not None and self.pieces.called)
 
     @property
@@ -203,7 +203,7 @@ class Run:
         return self.text.stopped_by if self.pieces is None else self.pieces.stopped_by
 
     def say(self, token: int) -> None:
-        """The answer's next token."""
+        """Append the answer's next token."""
         self.position += 1
         text = self.text.push([token])
         if self.pieces is None:
@@ -214,7 +214,7 @@ class Run:
         self.reasoning_tokens += thinks or self.pieces.in_thought
 
     def end(self) -> None:
-        """The answer is over: what was held back is said."""
+        """End the answer, with the text that was held back."""
         if self.over:
             return
         text = self.text.finish()
@@ -225,7 +225,7 @@ class Run:
             self.said_pieces += self.pieces.finish(may_stop=True)
 
     def taken(self) -> tuple[str, list[Piece] | None]:
-        """What was said since the last event: content, and all of it by kind."""
+        """Take what has come since the last event: its content, and all of it by kind."""
         text, pieces = self.said, self.said_pieces
         self.said, self.said_pieces = "", []
         return (text, None) if self.pieces is None else self.pieces.event(pieces)
@@ -248,7 +248,7 @@ class Run:
 
 
 def end_of(run: Run, token: int) -> tuple[FinishReason, str | int | None] | None:
-    """How the answer ends with this token, and by what; None: it goes on."""
+    """How the answer ends with this token, and by which stop; None: it continues."""
     if run.over:
         return FinishReason.STOP, run.stopped_by
     if token in run.params.stop_token_ids and run.position >= run.params.min_tokens:

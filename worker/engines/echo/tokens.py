@@ -2,8 +2,9 @@
 
 Ids 0 to 255 are bytes of UTF-8; from 256 on there are 4,096 made-up words with a leading space.
 Text is split greedily into those words and, for the rest, bytes, so that every text has exactly one
-list of tokens and every list of tokens has a text. A token with half a character has no text yet,
-as in a real tokenizer. Must stay a pure function of its input: tests compute answers with it.
+list of tokens and every list of tokens has a text. A token with part of a character has no text
+yet, as in a real tokenizer. Results must depend on the input alone: tests compute answers with
+these functions.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def words() -> tuple[str, ...]:
 
 @cache
 def texts() -> tuple[str, ...]:
-    """The text of each word token, by id; the entries of the bytes before them are empty."""
+    """The text of each word token, by id; the entries of byte tokens are empty."""
     return ("",) * BYTES + words()
 
 
@@ -71,8 +72,7 @@ def detokenize(token_ids: Iterable[int]) -> str:
 
 
 def sampled_token(seed: int, prompt_hash: int, position: int) -> int:
-    """The token at a position: a hash (splitmix64's finaliser) of the arguments and nothing
-    else."""
+    """The token at a position: a hash (splitmix64's finaliser) of the arguments alone."""
     mask = (1 << 64) - 1
     z = (seed ^ (prompt_hash << 32)) + (position + 1) * 0x9E3779B97F4A7C15 & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -89,9 +89,9 @@ _STEPS: Final = sum((lane + 1) * 0x9E3779B97F4A7C15 << 128 * lane for lane in ra
 
 
 def sampled_tokens(seed: int, prompt_hash: int, position: int) -> list[int]:
-    """`sampled_token` for 64 positions at once: lanes of one long integer, wide enough for
-    64-bit products, so that a benchmark with thousands of streams does not measure the
-    drawing of tokens."""
+    """`sampled_token` for 64 positions at once, in lanes of one long integer that are wide enough
+    for 64-bit products, so that a benchmark with thousands of streams does not measure the drawing
+    of tokens."""
     begin = (seed ^ (prompt_hash << 32)) + position * 0x9E3779B97F4A7C15
     z = begin % (1 << 64) * _ONES + _STEPS & _LOW
     z = (z ^ (z >> 30 & _LOW)) * 0xBF58476D1CE4E5B9 & _LOW
@@ -104,8 +104,8 @@ _THOUGHT: Final = re.compile("<think>(.*?)(?:</think>|$)", re.DOTALL)
 
 
 def thought(tokens: int, most: int | None) -> list[int]:
-    """The tokens of a thought of sampled words (-1), `most` of them, between its marks; none of no
-    words."""
+    """The tokens of a thought: its marks around `tokens` sampled words (-1), at most `most`. Empty
+    if `tokens` is 0."""
     words_ = tokens if most is None else min(tokens, most)
     return [*tokenize("<think>"), *[-1] * words_, *tokenize("</think>")] if tokens else []
 
@@ -119,8 +119,8 @@ def within_budget(text: str, most: int | None) -> str:
 
 
 class Text:
-    """Converts tokens to text that is certain: whole characters, and no possible beginning of
-    a stop string."""
+    """Converts tokens to text that is certain: whole characters, without what may begin a stop
+    string."""
 
     __slots__ = ("_decoder", "_half", "_held", "_include", "_longest", "_stops", "stopped_by")
 
@@ -136,7 +136,7 @@ class Text:
 
     @property
     def plain(self) -> bool:
-        """Whether words can be output directly: nothing is held back."""
+        """Whether words can be output directly, since nothing is held back."""
         return not (self._stops or self._held or self._half)
 
     def push(self, token_ids: list[int]) -> str:

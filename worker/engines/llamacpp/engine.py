@@ -1,8 +1,8 @@
 """One llama.cpp context as a continuous batch: many sequences in each `llama_decode`.
 
-Running streams decode first; prompts fill the rest of the batch. Rows share one unified cache; if
-it is full, the youngest row is preempted and prefilled again later. Logits are on the host in any
-case, so every request uses tokenbus' own sampler. Text only.
+Running streams decode first; prompts fill the rest of the batch. Rows share one unified KV cache;
+if it is full, the youngest row is preempted and prefilled again later. Logits are on the host
+anyway, so every request uses tokenbus' own sampler. Text only.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ DEFAULT_SLOTS = 16
 """Rows that decode together; on a CPU, more gain little."""
 
 BATCH_TOKENS = 512
-"""Tokens of one `llama_decode`, prompts included: running streams wait for it. llama.cpp's own size
-of a physical batch."""
+"""Tokens of one `llama_decode`, including those of prompts: running streams wait for it. The same
+as llama.cpp's default size of a physical batch."""
 
 CACHE_TYPES = {
     "auto": ll.GGML_TYPE_F16,
     "float16": ll.GGML_TYPE_F16,
     "float32": ll.GGML_TYPE_F32,
 }
-"""`--dtype` applies to keys and values; that of the weights is fixed by the file."""
+"""`--dtype` applies to keys and values; the file determines the type of the weights."""
 
 NO_ROOM = 1
 """Return code of `llama_decode` if the cache has no room for the batch."""
@@ -65,8 +65,8 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
         options,
         {
             "model_base": "merge the adapter before you convert the model to GGUF",
-            "load_8bit": "the file's own type holds; convert it with llama-quantize",
-            "load_4bit": "the file's own type holds; convert it with llama-quantize",
+            "load_8bit": "the file determines the weights' type; convert it with llama-quantize",
+            "load_4bit": "the file determines the weights' type; convert it with llama-quantize",
             "revision": "a GGUF file is local",
         },
     )
@@ -74,8 +74,8 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
         raise EngineLoadError(f"unknown dtype {options.dtype!r}: choose {', '.join(CACHE_TYPES)}")
     if options.device not in ("auto", "cpu", "cuda", "mps"):
         raise EngineLoadError(
-            f"engine llamacpp does not take --device {options.device}: choose auto or cpu; its "
-            "build decides which GPUs there are"
+            f"engine llamacpp does not take --device {options.device}: choose auto or cpu; which "
+            "GPUs are used depends on how llama.cpp was built"
         )
     on_gpu = options.device != "cpu" and ll.llama_supports_gpu_offload()
     served: list[LibraryModel] = []
@@ -142,12 +142,12 @@ def _describe(model: Any, path: str, settings: SharedSettings) -> ModelFacts:
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """A sequence and its state in the cache. `sequence.filled` counts its tokens there."""
+    """A sequence and its place in the KV cache. `sequence.filled` counts its tokens there."""
 
     sequence: Sequence
     #: llama.cpp's sequence id.
     place: int
-    #: Whether it was preempted and waits for room in the cache.
+    #: Whether it has been preempted and waits for room in the cache.
     parked: bool = False
     #: In the current step: the index of its first token in the batch, and their number.
     start: int = 0
@@ -181,15 +181,15 @@ class LlamaGenerator:
         params.kv_unified = True
         params.type_k = params.type_v = cache_type
         if cache_type == ll.GGML_TYPE_F32:
-            # Its kernels compute keys and values in half precision.
+            # The kernels of flash attention compute keys and values in half precision.
             params.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if threads:
             params.n_threads = params.n_threads_batch = threads
         self._context = ll.llama_init_from_model(model, params)
         if not self._context:
             raise EngineLoadError(
-                f"llama.cpp has no memory for a cache of {params.n_ctx} tokens: lower --engine-arg "
-                "kv_tokens"
+                f"llama.cpp has no memory for a KV cache of {params.n_ctx} tokens: lower "
+                "--engine-arg kv_tokens"
             )
         self._memory = ll.llama_get_memory(self._context)
         self._kv_tokens = int(ll.llama_n_ctx(self._context))
@@ -199,8 +199,7 @@ class LlamaGenerator:
         #: In order of admission.
         self._rows: list[_Row] = []
 
-    # --- the Generator interface
-    # ---------------------------------------------------------------------------------
+    # --- the Generator interface ------------------------------------------------------------------
 
     def insert(self, sequence: Sequence) -> None:
         sequence.filled = 0
@@ -243,8 +242,8 @@ class LlamaGenerator:
     # --- the cache --------------------------------------------------------------------------------
 
     def _make_room(self) -> None:
-        """Preempt the youngest rows while the cache has no room for one more token of each; take
-        preempted rows back, oldest first, while all their tokens fit."""
+        """Preempt the youngest rows while the cache has no room for one more token of each; readmit
+        preempted rows, oldest first, while all their tokens fit."""
         holding = [row for row in self._rows if not row.parked]
         while len(holding) > 1 and self._needed(holding) > self._kv_tokens:
             self._park(holding.pop())
@@ -299,8 +298,8 @@ class LlamaGenerator:
         batch.n_tokens += row.count
 
     def _logits(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Logits of one token of the batch, in llama.cpp's own memory: valid until
-        its next step."""
+        """Logits [vocabulary] at one token of the batch, in llama.cpp's own memory: valid until its
+        next step."""
         pointer = ll.llama_get_logits_ith(self._context, index)
         return np.ctypeslib.as_array(pointer, shape=(self._vocabulary,))
 
@@ -324,6 +323,6 @@ class LlamaGenerator:
 def _no_room(sequence: Sequence) -> ErrorInfo:
     return ErrorInfo(
         code=ErrorCode.OUT_OF_MEMORY.value,
-        message=f"the cache has no room for {sequence.total} tokens of this request alone: raise "
-        "--engine-arg kv_tokens on the worker",
+        message=f"the KV cache has no room for the {sequence.total} tokens of this request, even "
+        "alone: raise --engine-arg kv_tokens on the worker",
     )

@@ -1,5 +1,4 @@
-"""A GGUF file loaded by llama.cpp: the model's metadata, and its tokenizer with
-transformers' interface.
+"""A GGUF file loaded by llama.cpp: its metadata, and its tokenizer with transformers' interface.
 
 Tokenizer and chat template are those in the file; nothing else is read. Must never touch a context:
 `engine` runs the model.
@@ -23,7 +22,8 @@ PIECE_BYTES = 64
 
 
 def load_weights(path: str, gpu_layers: int, progress: Progress) -> Any:
-    """llama.cpp's model. The caller frees it with `llama_model_free`. Raises `EngineLoadError`."""
+    """Load llama.cpp's model, which the caller frees with `llama_model_free`. Raises
+    `EngineLoadError`."""
 
     def report(fraction: float, _: Any) -> bool:
         progress(fraction, f"loading {path}")

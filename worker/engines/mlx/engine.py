@@ -1,8 +1,8 @@
 """mlx-lm's continuous batching as a `Generator`.
 
 Greedy requests stay entirely on the device. Others use tokenbus' own sampler, passed to the library
-as a logits processor that leaves only the sampled token: so every sampling parameter works, at the
-cost of one transfer per token of such a request. Text models only (mlx-lm has no others).
+as a logits processor that leaves only the sampled token. Thus every sampling parameter works, at
+the cost of one transfer per token of such a request. Text models only (mlx-lm has no others).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GROUP_SIZE = 64
 """Weights that share a scale when quantised at load time: mlx-lm's default."""
 
 UNBOUNDED = 1 << 30
-"""tokenbus enforces limits and ends of answers, and removes the sequence."""
+"""No limit for mlx-lm: tokenbus finds the end of an answer itself, and removes the sequence."""
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -81,7 +81,7 @@ def _set_device(name: str) -> None:
     if name not in devices:
         raise EngineLoadError(f"unknown --device {name} for engine mlx: choose auto, cpu or gpu")
     if devices[name] == mx.gpu and not mx.is_available(mx.gpu):
-        raise EngineLoadError(f"--device {name}: this MLX sees no GPU; choose auto or cpu")
+        raise EngineLoadError(f"--device {name}: this MLX finds no GPU; choose auto or cpu")
     mx.set_default_device(devices[name])
 
 

@@ -1,4 +1,4 @@
-"""The engine of servers that already run: any OpenAI-compatible HTTP server is a worker.
+"""The engine for servers that already run: it makes any OpenAI-compatible HTTP server a worker.
 
 `build` is the engine's factory. Importing this package must stay cheap, and must never import
 torch.

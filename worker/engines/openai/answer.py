@@ -1,10 +1,10 @@
-"""One answer of a server that tells text: from its chunks to the events of the bus.
+"""One answer of a server that returns text: from the server's chunks to the events of the bus.
 
-What the server sends, split into thoughts and calls or not, becomes the pieces that the client
-asked for, with ids that carry them (`text_ids`). An answer that another worker began goes on in one
-of two ways: from its text, where the server can continue one; or written anew, compared with what
-the client has, and passed on from there. What differs fails, and is never joined. Must never open a
-connection.
+What the server sends, whether it splits off thoughts and calls or not, becomes the pieces that the
+client asked for, with token ids that carry them (`text_ids`). An answer that another worker began
+is continued in one of two ways: the server continues its text, if it can; or the server writes it
+again from the beginning, and only what follows the client's part is passed on. If that part comes
+out differently, the request fails: two answers are never joined. Must never open a connection.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ARGUMENTS: Final = PieceKind.ARGUMENTS.value
 
 _REASONS: Final = {"length": FinishReason.LENGTH}
 _ENDED_BY_FAULT: Final = ("abort", "error")
-"""Finish reasons of a server that gave the request up."""
+"""Finish reasons of a server that gave up the request."""
 
 _UNKNOWN_ID: Final = text_ids.hashed(b"")
 
@@ -55,7 +55,7 @@ class _Given(AnswerParser):
         self._pieces: list[Piece] = []
 
     def put(self, pieces: list[Piece]) -> None:
-        """Of the server; `feed` returns them."""
+        """Add the server's pieces; `feed` returns them."""
         for piece in pieces:
             self._pieces += self._inner.feed(piece.text) if piece.kind == _CONTENT else [piece]
 
@@ -72,11 +72,11 @@ class _Given(AnswerParser):
 
 
 class TextAnswer:
-    """One request at a server that tells text. `anew`: it is written again from the beginning."""
+    """One request at a server that returns text."""
 
     def __init__(self, job: Job, format_: AnswerFormat | None, *, server: str, manner: str) -> None:
-        """`manner`: how the server continues a message in a chat; empty: it does not. Raises
-        RequestError."""
+        """`manner`: how the server continues a message in a chat; empty: it cannot. Raises
+        RequestError if the answer so far cannot be resumed."""
         request, params = job.request, job.request.params
         self.request_id = job.request_id
         self._server = server
@@ -90,14 +90,14 @@ class TextAnswer:
         self._ended_by: str | int | None = None
         self._usage: Mapping[str, Any] = {}
         self._chunks = 0
-        #: Tokens that stand in ids.
+        #: Number of tokens for which ids have been sent.
         self._counted = 0
         self._added_s = self._first_s = time.monotonic()
         resume = request.resume
         prior = resume.token_ids if resume is not None else []
         received = resume.text_characters if resume is not None else 0
         self._prior = _prior(prior)
-        #: Hashes of tokens that are to come again.
+        #: Hashes of the tokens that must come again.
         self._hashes = list(prior) if text_ids.is_hashed(prior) else []
         length = sum(len(piece.text) for piece in self._prior)
         if not self._hashes and not tools:  # arguments are JSON, which may be longer
@@ -106,9 +106,9 @@ class TextAnswer:
         self.prefix = "".join(piece.text for piece in self._prior)
         can = bool(manner) if self._chat else request.prompt is not None
         by_text = can and not self._hashes and self._only_text(request, tools)
-        #: Whether the server goes on from `prefix`; otherwise it begins anew.
+        #: Whether the server writes the answer again from the beginning, not on from `prefix`.
         self.anew = bool(prior) and not by_text
-        #: What has yet to come again.
+        #: The pieces that must come again.
         self._expected = list(self._prior) if self.anew else []
         if self.anew:
             self.prefix, self.spent = "", 0
@@ -128,28 +128,28 @@ class TextAnswer:
             single=bool(tools) and not request.parallel_tool_calls,
         )
         self._splits = split or self._wants_thoughts or bool(tools)
-        #: The name of the call that is open in a text without pieces.
+        #: Whether a call or a thought is open in a text that is not split.
         self._open_call = False
         self._open_thought = False
         self._calls_seen = -1
         self._start: list[EngineEvent] = []
         owes_prompt = not (resume is not None and resume.prompt_seen)
-        #: The prompt's tokens are wanted before the answer.
+        #: Whether the prompt's number of tokens is still to be sent before the answer.
         self._owes_usage = owes_prompt and params.prompt_usage
         if owes_prompt and params.keep_special and not self._owes_usage:
             self._start.append(PromptFacts(self.request_id, []))
         if self._owes_usage and self._prior:
-            # The server will count what it goes on from with the prompt.
+            # The server will count the text that it continues as part of the prompt.
             self._start += self._prompt_facts(None)
         if self._prior:
             self._start += self._told([], self._passed(self._prior))
 
     def _only_text(self, request: Any, tools: Mapping[str, Any]) -> bool:
-        """Whether the rest depends on the text so far alone, as far as the server sees."""
+        """Whether the rest of the answer depends only on the text so far, as the server sees it."""
         params = self._params
         return (
             all(piece.kind == _CONTENT for piece in self._prior)
-            # Marks of ours or of the model: the server would take them for what was said.
+            # Marks of ours or of the model, which the server would take for content.
             and not any(mark in self.prefix for mark in ("<think>", "<tool_call>"))
             and not request.tools
             and not tools
@@ -163,7 +163,8 @@ class TextAnswer:
     # --- what comes -------------------------------------------------------------------------------
 
     def begin(self) -> list[EngineEvent]:
-        """What is owed before the server says anything; its end, where the answer is complete."""
+        """The events due before the server sends anything; with the end if the answer is
+        complete."""
         events, self._start = self._start, []
         if self.over or (self.spent and self.spent >= (self._params.max_tokens or 1 << 60)):
             self.reason = FinishReason.STOP if self.over else FinishReason.LENGTH
@@ -172,11 +173,11 @@ class TextAnswer:
 
     @property
     def over(self) -> bool:
-        """A stop string, or the only call that is allowed, ended the answer."""
+        """Whether a stop string or the only call allowed has ended the answer."""
         return self._text.stopped_by is not None or self._text.called
 
     def take(self, data: Mapping[str, Any]) -> list[EngineEvent]:
-        """A chunk of the server. Raises RequestError where it is not what it must be."""
+        """Take a chunk of the server's. Raises RequestError if the answer cannot go on."""
         if isinstance(data.get("usage"), Mapping):
             self._usage = data["usage"]
         events = self._take(data)
@@ -186,7 +187,7 @@ class TextAnswer:
         return [*self._prompt_facts(usage), *events] if events or usage else events
 
     def _prompt_facts(self, usage: Usage | None) -> list[EngineEvent]:
-        """What is known of the prompt before the answer: of many servers, not its tokens."""
+        """What is known of the prompt before the answer; many servers do not report its tokens."""
         self._owes_usage = False
         return [PromptFacts(self.request_id, [], usage=usage)]
 
@@ -201,7 +202,7 @@ class TextAnswer:
         if reason in _ENDED_BY_FAULT:
             raise RequestError(
                 ErrorCode.WORKER_LOST,
-                f"the server at {self._server} gave the request up ({reason})",
+                f"the server at {self._server} gave up the request ({reason})",
                 retryable=True,
             )
         if reason:
@@ -219,7 +220,7 @@ class TextAnswer:
         return self._told(text_ids.encoded(fresh, tokens), self._passed(fresh)) if fresh else []
 
     def _count(self) -> int:
-        """Tokens since the last text, of a server that counts as it goes; else one."""
+        """Number of tokens since the last text if the server reports usage as it goes, else 1."""
         if not self._chunks:
             self._first_s = time.monotonic()
         self._chunks += 1
@@ -242,7 +243,8 @@ class TextAnswer:
         return self._told(ids[again:], passed, logprobs[again:]) if ids[again:] or passed else []
 
     def _new(self, pieces: list[Piece]) -> list[Piece]:
-        """What the client does not have of these, after a comparison of the rest."""
+        """The part of these that the client does not have; the rest is compared with what it has.
+        Raises RequestError if that differs."""
         fresh: list[Piece] = []
         for piece in pieces:
             text = piece.text
@@ -263,13 +265,13 @@ class TextAnswer:
     def _differs(self, characters: int) -> RequestError:
         return RequestError(
             ErrorCode.WORKER_LOST,
-            f"the answer cannot be continued: the server at {self._server} was asked again and "
-            f"wrote something else within what had been received ({characters} characters or "
-            "tokens), which stays as it is; ask again for a whole answer",
+            f"the answer cannot be continued: the server at {self._server} was asked again, and "
+            f"its new answer differs from the part already received ({characters} characters or "
+            "tokens), which stands; ask again for a whole answer",
         )
 
     def _pieces_of(self, delta: Mapping[str, Any]) -> list[Piece]:
-        """A delta as pieces, in the order in which models write."""
+        """A delta as pieces, in the order in which models write them."""
         pieces: list[Piece] = []
         thought = delta.get("reasoning_content") or delta.get("reasoning")
         if isinstance(thought, str) and thought:
@@ -285,7 +287,7 @@ class TextAnswer:
                 self._calls_seen = index
                 pieces.append(Piece(_CALL, _clean(function["name"])))
             arguments = function.get("arguments")
-            if isinstance(arguments, Mapping):  # of servers that parse them
+            if isinstance(arguments, Mapping):  # some servers parse them
                 import json
 
                 arguments = json.dumps(arguments)
@@ -294,7 +296,8 @@ class TextAnswer:
         return self._marked(pieces)
 
     def _marked(self, pieces: list[Piece]) -> list[Piece]:
-        """Of what the client wants as one text, thoughts and calls between marks of their own."""
+        """The pieces, with thoughts and calls turned into marked text if the client wants one
+        text."""
         marked: list[Piece] = []
         for piece in pieces:
             if piece.kind == _REASONING and not self._wants_thoughts:
@@ -323,7 +326,7 @@ class TextAnswer:
         return closing
 
     def _closed(self) -> list[Piece]:
-        """What the end of the answer closes, of a text without pieces."""
+        """The marks that close what is open at the end of a text that is not split."""
         text = "\n</think>\n\n" if self._open_thought else ""
         self._open_thought = False
         text += self._close_call()
@@ -332,7 +335,7 @@ class TextAnswer:
     # --- what goes out ----------------------------------------------------------------------------
 
     def _passed(self, pieces: list[Piece]) -> list[Piece]:
-        """Through stop strings, calls and what the client has."""
+        """The pieces after stop strings, calls and what the client has already are dealt with."""
         self._given.put(pieces)
         return self._text.add("", may_stop=True)
 
@@ -350,12 +353,12 @@ class TextAnswer:
         return "".join(piece.text for piece in pieces), None
 
     def end(self) -> list[EngineEvent]:
-        """The answer is complete: its end. Raises RequestError where it is not."""
+        """The events that end the answer. Raises RequestError if it is not complete."""
         reason = FinishReason.STOP if self.over else self.reason
         if reason is None:
             raise RequestError(
                 ErrorCode.WORKER_LOST,
-                f"the server at {self._server} ended the answer without saying how",
+                f"the server at {self._server} ended the answer without a finish reason",
                 retryable=True,
             )
         if (self._expected or self._hashes) and not self.over:
@@ -378,16 +381,16 @@ class TextAnswer:
         ]
 
     def cancelled(self) -> list[EngineEvent]:
-        """Its client wants no more."""
+        """The events of a cancelled request."""
         return [Ended(self.request_id, FinishReason.CANCELLED, usage=self.usage())]
 
     def failed(self, error: ErrorInfo) -> list[EngineEvent]:
-        """It ends with an error."""
+        """The events of a failed request."""
         return [Failed(self.request_id, error, self.usage())]
 
     def usage(self) -> Usage:
-        """As the server counts. Of an answer that went on from its text, that text counts with the
-        prompt, as the server was given it."""
+        """The usage as the server counts it. If the server continued a text, it counts that text as
+        part of the prompt."""
         usage = self._usage
         details = usage.get("prompt_tokens_details") or {}
         thoughts = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
@@ -400,7 +403,7 @@ class TextAnswer:
         )
 
     def timings(self) -> Timings:
-        """Seen from here; what the server waited is part of its prefill."""
+        """The timings as seen from here; time in the server's queue counts as prefill."""
         now_s = time.monotonic()
         first_s = self._first_s if self._chunks else now_s
         return Timings(
@@ -419,31 +422,31 @@ def _prior(ids: list[int]) -> list[Piece]:
     except ValueError as error:
         raise RequestError(
             ErrorCode.INVALID_REQUEST,
-            f"the tokens to resume from are not of a server that tells text: {error}",
+            f"the tokens to resume from are not those of a server that returns text: {error}",
         ) from None
 
 
 def merged_text(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one kind as one piece; calls stay apart."""
+    """The pieces with neighbours of the same kind merged, unless there are calls among them."""
     if any(piece.kind == _CALL for piece in pieces):
         return pieces
     return merged(pieces)
 
 
 def _clean(text: str) -> str:
-    """Without halves of surrogate pairs, which no wire carries."""
+    """The text without lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode() if not text.isascii() else text
 
 
 def _prompt_usage(data: Mapping[str, Any]) -> Usage | None:
-    """The prompt's tokens, of a chunk that tells them: in its usage, or in llama.cpp's timings."""
+    """The prompt's tokens, if a chunk reports them: in its usage, or in llama.cpp's timings."""
     usage = data.get("usage")
     if isinstance(usage, Mapping) and _count(usage.get("prompt_tokens")):
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         return Usage(prompt_tokens=usage["prompt_tokens"], cached_tokens=_count(cached))
     timings = data.get("timings")
     if not isinstance(timings, Mapping) or "cache_n" not in timings:
-        return None  # older ones leave out what they had in their cache
+        return None  # older servers leave out tokens that were in their cache
     cached = _count(timings["cache_n"])
     return Usage(prompt_tokens=_count(timings.get("prompt_n")) + cached, cached_tokens=cached)
 
@@ -453,7 +456,7 @@ def _count(value: Any) -> int:
 
 
 def _logprobs(told: Any, most: int) -> list[TokenLogprob]:
-    """Of a chunk, in either form of OpenAI's API."""
+    """The logprobs of a chunk, in either form of OpenAI's API."""
     if not isinstance(told, Mapping):
         return []
     if isinstance(told.get("content"), list):

@@ -1,7 +1,7 @@
 """Requests of the bus as bodies of OpenAI's API, in the dialect of the server.
 
 A parameter that the server does not take is refused by name, never left out; one that the caller
-left open (`Params.model_defaults`) is left to the server. Pure; must never open a connection.
+left open (`Params.model_defaults`) is left to the server. Must never open a connection.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _NEVER: Final = (
     "thinking_tokens",
     "overflow",
 )
-"""Parameters that no server takes as the bus means them, or not on this path."""
+"""Parameters that no server honours as the bus defines them, at least not on this path."""
 
 SEEDS: Final = 1 << 31
-"""Servers' seeds have 31 bits at least: the bus's are taken modulo this."""
+"""Servers take seeds of at least 31 bits: the bus's are taken modulo this."""
 
 _COUNT_AS_THEY_GO: Final = ("vllm", "sglang")
-"""Servers that tell the usage with every chunk, if asked to."""
+"""Servers that report the usage with every chunk, if asked to."""
 
 _IGNORED: Final = {
     "transformers": (
@@ -54,7 +54,7 @@ _IGNORED: Final = {
     ),
     "ollama": ("logit_bias", "tool_choice", "parallel_tool_calls"),
 }
-"""Parameters of OpenAI's own that a server takes and does not honour."""
+"""Parameters of OpenAI's own that a server accepts but does not honour."""
 
 _MAGIC: Final = (
     (b"\x89PNG", "image/png"),
@@ -65,7 +65,7 @@ _MAGIC: Final = (
 
 
 class Dialect:
-    """What one server takes beside OpenAI's own parameters."""
+    """What one server takes besides OpenAI's own parameters."""
 
     def __init__(self, server: str, passes: tuple[str, ...] = (), *, usage: bool = True) -> None:
         self.server = server
@@ -77,8 +77,8 @@ class Dialect:
         self.usage = usage
 
 
-def refused(name: str, server: str, why: str = "does not take it as the bus means it") -> Exception:
-    """The error of a parameter that cannot be honoured."""
+def refused(name: str, server: str, why: str = "does not support it as the bus does") -> Exception:
+    """The error for a parameter that cannot be honoured."""
     return RequestError(
         ErrorCode.INVALID_REQUEST,
         f"{name}: the server behind this worker ({server}) {why}; leave it out, or ask a worker "
@@ -88,15 +88,16 @@ def refused(name: str, server: str, why: str = "does not take it as the bus mean
 
 
 def continues_own_message(request: Request) -> bool:
-    """The caller's last message is itself the beginning of the answer."""
+    """Whether the caller's last message is the beginning of the answer."""
     return bool(request.template_args.get("continue_final_message"))
 
 
 def body_of(
     job: Job, model: str, dialect: Dialect, *, prefix: str = "", manner: str = "", spent: int = 0
 ) -> tuple[str, dict[str, Any]]:
-    """Path and body of a request that streams. `prefix`: the text of the answer so far, which the
-    server is to go on from, in its `manner`; `spent`: its tokens. Raises RequestError."""
+    """Path and body of a streaming request. `prefix`: the text of the answer so far, which the
+    server is to continue in its `manner`; `spent`: the number of its tokens. Raises
+    RequestError."""
     request, params = job.request, job.request.params
     body: dict[str, Any] = {"model": model, "stream": True}
     if dialect.usage:
@@ -104,7 +105,7 @@ def body_of(
         if dialect.server in _COUNT_AS_THEY_GO:
             body["stream_options"]["continuous_usage_stats"] = True
     if params.prompt_usage and dialect.server == "llamacpp":
-        # Its usage comes at the end alone; with this every chunk has the prompt's tokens.
+        # Its usage comes only at the end; with this every chunk reports the prompt's tokens.
         body["timings_per_token"] = True
     _sampling(body, request, params, dialect)
     if params.max_tokens is not None:
@@ -121,7 +122,7 @@ def body_of(
         body |= _constraint(params.constraint, dialect)
     if request.kind is Kind.COMPLETE:
         if job.attachments:
-            raise refused("attachments", dialect.server, "takes images in a chat alone")
+            raise refused("attachments", dialect.server, "takes images only in a chat")
         if request.token_ids is not None:
             return "completions", body | {"prompt": request.token_ids}
         return "completions", body | {"prompt": f"{request.prompt}{prefix}"}
@@ -137,7 +138,7 @@ def body_of(
     args.pop("add_generation_prompt", None)
     if args:
         if "template_args" not in dialect.names:
-            raise refused("template_args", dialect.server, "takes no arguments of the template")
+            raise refused("template_args", dialect.server, "takes no template arguments")
         body[dialect.names["template_args"]] = args
     if own or prefix:
         if not manner:
@@ -156,7 +157,7 @@ def _sampling(body: dict[str, Any], request: Request, params: Params, dialect: D
     for name in _IGNORED.get(dialect.server, ()):
         of = params if hasattr(params, name) else request
         if getattr(of, name) not in (getattr(_NEUTRAL, name, None), "auto", None, True):
-            raise refused(name, dialect.server, "takes it and does nothing with it")
+            raise refused(name, dialect.server, "accepts it but ignores it")
     for name in _NEVER:
         if name not in dialect.names and getattr(params, name) != getattr(_NEUTRAL, name):
             raise refused(name, dialect.server)
@@ -165,7 +166,7 @@ def _sampling(body: dict[str, Any], request: Request, params: Params, dialect: D
             body[name] = getattr(params, name)
     body["seed"] = params.seed % SEEDS
     if params.stop and not params.include_stop and dialect.server not in _COUNT_AS_THEY_GO:
-        # Found here too; but a server that stops by itself still tells its usage.
+        # Stop strings are found here too, but a server that stops by itself reports its usage.
         body["stop"] = params.stop
     for name in ("presence_penalty", "frequency_penalty"):
         if getattr(params, name):
@@ -191,7 +192,7 @@ def _sampling(body: dict[str, Any], request: Request, params: Params, dialect: D
 
 
 def _off(dialect: Dialect) -> int:
-    """`top_k` that is off."""
+    """The value of `top_k` that turns it off."""
     return 0 if dialect.server == "llamacpp" else -1
 
 
@@ -238,6 +239,6 @@ def _part(part: Any, job: Job) -> dict[str, Any]:
         return {"type": "image_url", "image_url": {"url": url}}
     raise RequestError(
         ErrorCode.INVALID_REQUEST,
-        "a video is not passed on to a server behind a worker: send its frames as images",
+        "videos are not passed on to a server behind a worker: send the frames as images",
         details={"parameter": "messages"},
     )

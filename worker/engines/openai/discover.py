@@ -1,8 +1,8 @@
-"""What a server is and what it serves: asked where it says so, tried out where it does not.
+"""Finds out what a server is and what it serves: asks it, and tries what it does not say.
 
-Nothing is believed that can be tried for the price of a few tokens: whether it takes images and
-ids, embeds, and continues an answer where it was cut. Must never try more than the models that are
-served: a server of many loads each that is asked.
+What can be tried for the price of a few tokens is tried, not believed: whether it takes images and
+token ids, embeds, and continues an answer where it was cut. Must never try models that are not to
+be served: a server with many models loads each one that is asked for.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ __all__ = ["Found", "Model", "discover"]
 FIRST_WAIT_S: Final = 0.5
 LONGEST_WAIT_S: Final = 10.0
 PROBE_S: Final = 300.0
-"""For one answer of a few tokens: the server may load the model for it."""
+"""Time-out of a probe of a few tokens, for which the server may have to load the model."""
 TRIED_TOKENS: Final = 16
 
 
 def _picture() -> str:
-    """A grey PNG of 56 pixels a side: some models take none that is smaller than their patches."""
+    """A data URL of a grey PNG, 56 by 56 pixels: some models refuse images smaller than their
+    patches."""
     side = 56
 
     def chunk(name: bytes, data: bytes) -> bytes:
@@ -56,13 +57,13 @@ class Model:
     chat: bool = True
     complete: bool = False
     embed: bool = False
-    #: How a chat goes on with a text: `flag`, `last`, or not.
+    #: How a chat continues a text: `flag`, `last`, or empty if it cannot.
     manner: str = ""
-    #: Whether it takes token ids as a prompt, and tells those that it writes.
+    #: Whether it takes token ids as a prompt, and returns the ids of its answer.
     ids: bool = False
-    #: The path or hub id of its weights, where the server tells it.
+    #: The path or hub id of its weights, if the server reports it.
     root: str = ""
-    #: Its tokenizer is known here: what can goes by ids.
+    #: Whether its tokenizer is known here, so that requests go by token ids if they can.
     exact: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -91,9 +92,9 @@ class Found:
 
     server: str
     version: str
-    #: Requests at once, where it says.
+    #: Number of requests that it runs at once; 0 if it does not say.
     slots: int
-    #: Where to look at its health.
+    #: The path of its health check.
     health: str
     dialect: Dialect
     models: list[Model]
@@ -102,8 +103,8 @@ class Found:
 def discover(
     server: Server, settings: Settings, options: EngineOptions, progress: Progress
 ) -> Found:
-    """Wait for the server, and find out what it serves. Raises `EngineLoadError` for what no
-    waiting mends."""
+    """Wait for the server, and find out what it serves. Raises `EngineLoadError` for what waiting
+    does not mend."""
     listed = _await(server, progress)
     kind, version = _kind(server, settings, listed)
     props = server.ask("/props").map if kind == "llamacpp" else {}
@@ -145,13 +146,13 @@ def _await(server: Server, progress: Progress) -> Any:
                 return answer.body
             if answer.status in (401, 403):
                 raise EngineLoadError(
-                    f"the server at {server.where} refuses the key (HTTP {answer.status}): give it "
-                    "with --engine-arg api_key_file=PATH or api_key_env=NAME"
+                    f"the server at {server.where} refuses the key (HTTP {answer.status}): give a "
+                    "valid one with --engine-arg api_key_file=PATH or api_key_env=NAME"
                 )
             if answer.status in (404, 405):
                 raise EngineLoadError(
                     f"the server at {server.where} has no {server.url}/models (HTTP "
-                    f"{answer.status}): is base_url right? It ends with /v1 at most servers"
+                    f"{answer.status}): check base_url, which ends with /v1 for most servers"
                 )
             why = f"HTTP {answer.status}"
         progress(None, f"waiting for {server.where}: {why}")
@@ -168,13 +169,13 @@ def _rows(listed: Any) -> dict[str, Mapping[str, Any]]:
 def _wanted(
     options: EngineOptions, rows: Mapping[str, Any], where: str
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """The server's names of the models to serve, and ours. What is named need not be listed: some
-    servers load what is asked for."""
+    """The server's names for the models to serve, and ours. A model that the operator names need
+    not be listed: some servers load what is asked for."""
     paths = options.model_paths
     if not paths:
         if not rows:
             raise EngineLoadError(
-                f"the server at {where} lists no model: name one with --model-path NAME"
+                f"the server at {where} lists no models: name one with --model-path NAME"
             )
         if not options.model_names:
             return [(id_, (id_,)) for id_ in rows]
@@ -197,7 +198,7 @@ def _wanted(
 
 
 def _kind(server: Server, settings: Settings, listed: Any) -> tuple[str, str]:
-    """Which server it is, and its version."""
+    """Which server software it is, and its version."""
     rows = list(_rows(listed).values())
     owners = {str(row.get("owned_by", "")).lower() for row in rows}
     version = str(server.ask("/version").map.get("version", ""))
@@ -225,7 +226,7 @@ def _described(
     props: Mapping[str, Any],
     settings: Settings,
 ) -> Model:
-    """What the server says of a model."""
+    """What the server says about a model."""
     model = Model(id_, names, root=str(row.get("root") or ""))
     meta = row.get("meta") if isinstance(row.get("meta"), dict) else {}
     settings_of = props.get("default_generation_settings") or {}
@@ -249,13 +250,13 @@ def _described(
         model.images = "vision" in can
         model.embed = "embedding" in can
         model.chat = model.complete = "completion" in can
-        model.manner = "last"  # its chat endpoint goes on with a last message of the assistant
+        model.manner = "last"  # its chat endpoint continues a last message of the assistant's
     model.details = {"server": kind, "behind": server.where, "model": id_}
     return model
 
 
 def _try(server: Server, model: Model, dialect: Dialect, settings: Settings) -> None:
-    """Find out by asking."""
+    """Find out by sending requests what a model can do. Raises EngineLoadError."""
     hello = [{"role": "user", "content": "Count from one to ten in words."}]
     body: dict[str, Any] = {"model": model.id, "max_tokens": TRIED_TOKENS, "temperature": 0}
     chat = _ask(server, "chat/completions", body | {"messages": hello})
@@ -288,8 +289,8 @@ def _try(server: Server, model: Model, dialect: Dialect, settings: Settings) -> 
 
 
 def _sees(server: Server, body: dict[str, Any]) -> bool:
-    """Whether it takes images. Some servers leave them out without a word, so the prompt must
-    become longer by one."""
+    """Whether it takes images. Some servers silently drop them, so an image must make the prompt
+    longer."""
     counts: list[int] = []
     for more in ([], [{"type": "image_url", "image_url": {"url": _picture()}}]):
         content = [{"type": "text", "text": "What is this?"}, *more]
@@ -302,7 +303,8 @@ def _sees(server: Server, body: dict[str, Any]) -> bool:
 
 
 def _manner(server: Server, body: dict[str, Any], messages: list[dict[str, Any]], text: str) -> str:
-    """How it goes on with a text of its own that was cut: a way that gives the rest."""
+    """How it continues a text of its own that was cut: the way that yields the rest of the text,
+    or empty."""
     half = text[: len(text) // 2]
     rest = text[len(half) :]
     if len(rest) < 4 or not half.strip():
@@ -321,7 +323,7 @@ def _manner(server: Server, body: dict[str, Any], messages: list[dict[str, Any]]
 
 
 def _ask(server: Server, path: str, body: dict[str, Any]) -> Answer:
-    """Raises EngineLoadError where the server is gone: it is waited for anew."""
+    """Ask the server. Raises EngineLoadError if it is gone, so that it is waited for again."""
     try:
         return server.ask(path, body, timeout_s=PROBE_S)
     except Unreachable as error:

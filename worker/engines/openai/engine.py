@@ -1,10 +1,10 @@
 """The engine: jobs in, HTTP out, events back; several models of one server.
 
-Chats, completions and embeddings go to the server as its own API takes them (`answer`, by text).
-Where the model's tokenizer is known and the server takes and tells token ids, what can go by ids
-does (`ids`): then texts are made here, and an answer goes on after the same tokens. The death of
-the server is the death of this engine, with its cause: the process is started anew and waits for
-the server. Must never answer in a server's place.
+Chats, completions and embeddings go to the server as its own API takes them, as text (`answer`). If
+the model's tokenizer is known and the server takes and returns token ids, requests that can go by
+ids do (`ids`): texts are then made here, and an answer is continued after the same tokens. If the
+server dies, this engine ends with the cause: its process is started anew and waits for the server.
+Must never answer in a server's place.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ def _by_ids(
     options: EngineOptions,
     progress: Progress,
 ) -> IdsEngine | None:
-    """The models whose tokenizers are known, at a server that takes and tells ids. A tokenizer that
-    was named must fit; one that merely lies there is left aside where it does not."""
+    """The engine for models whose tokenizers are known, at a server that takes and returns ids. A
+    tokenizer that the operator named must fit; one found next to the weights is not used if it does
+    not. Raises `EngineLoadError`."""
     models, generators = [], []
     for model in found.models:
         native = found.server == "llamacpp"
@@ -105,14 +106,14 @@ def _by_ids(
             if named not in ("", "none"):
                 raise EngineLoadError(
                     f"--engine-arg tokenizer={named}: the server at {server.where} does not take "
-                    f"and tell token ids for {model.id}; leave it out"
+                    f"and return token ids for {model.id}; leave it out"
                 )
             continue
         progress(None, f"comparing the tokenizer of {model.id}")
         try:
             if any(find_spec(name) is None for name in ("torch", "transformers")):
                 raise EngineLoadError(
-                    f"going by token ids needs transformers: {install_hint('worker')}"
+                    f"exchanging token ids needs transformers: {install_hint('worker')}"
                 )
             from worker.engines.openai.ids import build_ids
 
@@ -134,14 +135,14 @@ def _by_ids(
 
 @dataclass(slots=True)
 class _Running:
-    """A request at the server; `answer` is None for an embedding."""
+    """A request sent to the server; `answer` is None for an embedding."""
 
     job: Job
     answer: TextAnswer | None
     number: int = 0
     cancelled: bool = False
     path: str = ""
-    #: Until the server has begun to answer.
+    #: None once the server has begun to answer.
     room: Room | None = None
 
 
@@ -200,7 +201,7 @@ class OpenAIEngine:
             self._events.append(Failed(job.request_id, error.info))
 
     def _goes_by_ids(self, job: Job) -> bool:
-        """An answer goes on as it began."""
+        """Whether a job goes by token ids; a resumed answer does if it began so."""
         model = self._models.get(job.request.model)
         if model is None or not model.exact:
             return False
@@ -224,7 +225,8 @@ class OpenAIEngine:
         if not offered.get(request.kind, False):
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
-                f"model {request.model} at {self._server.where} has no kind {request.kind.value}",
+                f"model {request.model} at {self._server.where} does not answer requests of kind "
+                f"{request.kind.value}",
                 details={"parameter": "kind"},
             )
         if job.attachments and not model.images:
@@ -297,7 +299,7 @@ class OpenAIEngine:
             events = self._failed(running, error.info)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             message = (
-                f"the server at {self._server.where} sent what is not of OpenAI's API "
+                f"the server at {self._server.where} sent something that is not in OpenAI's API "
                 f"({type(error).__name__}: {error})"
             )
             info = ErrorInfo(code=ErrorCode.ENGINE_ERROR.value, message=message)
@@ -344,7 +346,7 @@ class OpenAIEngine:
         self._events.append(event)
 
     def _leave(self, running: _Running) -> None:
-        """Nothing more is wanted of it; its connection is closed, if it is open."""
+        """Forget a request, and close its connection if it is open."""
         self._running.pop(running.job.request_id, None)
         if running.number:
             self._by_number.pop(running.number, None)

@@ -1,8 +1,8 @@
-"""HTTP to the server: streams in a thread of their own, single questions, its health, its errors.
+"""HTTP to the server: streams in a thread of their own, single requests, its health, its errors.
 
-`Server.open` begins a stream whose chunks `receive` hands out in order; `close` closes its
-connection, which is how a request is cancelled at any server. A server that is gone, or stands
-there and says nothing, sets `lost` to the cause. Must never read what a chunk means.
+`Server.open` begins a stream whose chunks `receive` returns in order; `close_call` closes its
+connection, which is how a request is cancelled at any server. If the server is gone, or accepts
+connections but says nothing, `lost` is set to the cause. Must never interpret a chunk.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ __all__ = ["Answer", "Chunk", "Done", "Fault", "Server", "Unreachable", "error_o
 
 CONNECT_S: Final = 10.0
 QUESTION_S: Final = 60.0
-"""For one answer to a question that computes nothing, or little."""
+"""Time-out of a request that computes little or nothing."""
 HEALTH_EVERY_S: Final = 2.0
 HEALTH_S: Final = 10.0
 HEALTH_FAILURES: Final = 3
-"""Looks in a row that were not answered in time, of a server that takes connections."""
+"""A server that takes connections is lost after this many unanswered health checks in a row."""
 RETRY_MS: Final = 1000
-"""Where a server that is overloaded does not say when to come back."""
+"""When to come back to an overloaded server that does not say so itself."""
 
 
 class Unreachable(Exception):
-    """Nobody answers, or not with HTTP; the message says why."""
+    """Nobody answers, or not in HTTP; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer to a question."""
+    """The answer to a single request."""
 
     status: int
     body: Any
@@ -53,13 +53,13 @@ class Answer:
 
     @property
     def map(self) -> dict[str, Any]:
-        """The body, where it is a map; else nothing."""
+        """The body if it is a map, else an empty map."""
         return self.body if isinstance(self.body, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One event of a stream, or a whole answer of a server that does not stream."""
+    """One event of a stream, or a whole answer if the server does not stream."""
 
     call: int
     data: dict[str, Any]
@@ -74,7 +74,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The stream is over: why."""
+    """The stream is over, for the reason in `error`."""
 
     call: int
     error: ErrorInfo
@@ -93,7 +93,7 @@ def error_of(status: int, body: Any, headers: dict[str, str], where: str) -> Err
             retryable=True,
             retry_after_ms=RETRY_MS if wait_ms is None else wait_ms,
         )
-    if status in (502, 504):  # of a proxy before it
+    if status in (502, 504):  # from a proxy in front of it
         return ErrorInfo(
             code=ErrorCode.WORKER_LOST.value,
             message=message,
@@ -111,12 +111,12 @@ def error_of(status: int, body: Any, headers: dict[str, str], where: str) -> Err
     else:
         code = ErrorCode.ENGINE_ERROR
         if status in (401, 403):
-            message += "; the worker's key is not right: see --engine-arg api_key_file"
+            message += "; the worker's key is wrong: see --engine-arg api_key_file"
     return ErrorInfo(code=code.value, message=message)
 
 
 def _message(body: Any) -> str:
-    """What servers write, each in its own place."""
+    """The message in an error's body, which each server puts in its own place."""
     if isinstance(body, dict):
         for key in ("error", "message", "detail"):
             if body.get(key):
@@ -154,7 +154,7 @@ def _is_too_long(text: str) -> bool:
 
 
 def _retry_after_ms(text: str) -> int | None:
-    """Of the header: seconds, or a date."""
+    """The value of a Retry-After header, which is seconds or a date; None if it is neither."""
     with contextlib.suppress(ValueError):
         return max(0, round(float(text) * 1000))
     with contextlib.suppress(ValueError, TypeError):
@@ -164,7 +164,7 @@ def _retry_after_ms(text: str) -> int | None:
 
 
 def status_of(body: dict[str, Any]) -> int | None:
-    """The status that an error within a stream stands for; None: it is none."""
+    """The HTTP status that corresponds to an error within a stream; None: it is not an error."""
     error = body.get("error")
     if error is None and body.get("object") != "error":
         return None
@@ -178,12 +178,12 @@ def status_of(body: dict[str, Any]) -> int | None:
 
 
 class Server:
-    """One server. All methods but those of its thread are called by one thread."""
+    """One server. Except for the coroutines, all methods are called by one thread."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.where = settings.base_url.partition("://")[2].partition("/")[0]
-        #: Why the server is gone; empty while it is not.
+        #: Why the server is gone; empty while it is there.
         self.lost = ""
         self._health = ""
         self._heard_s = time.monotonic()
@@ -201,7 +201,7 @@ class Server:
             verify = ssl.create_default_context(cafile=settings.verify)
         timeout = httpx2.Timeout(None, connect=CONNECT_S, write=QUESTION_S)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
-        # Proxies of the environment are for the web, not for a server of one's own.
+        # Proxies named in the environment are for the web, not for one's own server.
         self._client = httpx2.AsyncClient(
             headers=headers, timeout=timeout, limits=limits, verify=verify, trust_env=False
         )
@@ -209,13 +209,13 @@ class Server:
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self._thread.start()
 
-    # --- questions --------------------------------------------------------------------------------
+    # --- single requests --------------------------------------------------------------------------
 
     def ask(
         self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = QUESTION_S
     ) -> Answer:
-        """GET, or POST where there is a body. `path`: behind the base address, or from the root
-        where it begins with a slash. Raises `Unreachable`."""
+        """GET, or POST if there is a body. `path` is relative to the base URL, or to the server's
+        root if it begins with a slash. Raises `Unreachable`."""
         return self._wait(self._ask(path, body, timeout_s))
 
     def _wait(self, work: Coroutine[Any, Any, Answer]) -> Answer:
@@ -254,7 +254,7 @@ class Server:
         return call
 
     def close_call(self, call: int) -> None:
-        """Close the connection of a stream, if it is open; what it said may still come."""
+        """Close the connection of a stream, if it is open; what had arrived may still come."""
 
         def end() -> None:
             task = self._tasks.pop(call, None)
@@ -264,7 +264,7 @@ class Server:
         self._loop.call_soon_threadsafe(end)
 
     def receive(self, wait_s: float) -> list[Chunk | Done | Fault]:
-        """What has come; waits that long for the first."""
+        """What has come; waits up to `wait_s` for the first."""
         came: list[Chunk | Done | Fault] = []
         with contextlib.suppress(Empty):
             came.append(self._arrived.get(timeout=wait_s))
@@ -297,7 +297,7 @@ class Server:
             if "event-stream" not in headers.get("content-type", ""):
                 whole = _parsed(await response.aread())
                 if not isinstance(whole, dict):
-                    raise ValueError("it is no JSON object")
+                    raise ValueError("it is not a JSON object")
                 return self._took(call, whole) or Done(call)
             async for data in _events(response.aiter_bytes()):
                 self._heard_s = time.monotonic()
@@ -311,7 +311,7 @@ class Server:
         return Done(call)
 
     def _took(self, call: int, data: dict[str, Any]) -> Fault | None:
-        """Hand on what came, unless it is an error."""
+        """Pass on what came, unless it is an error."""
         self._heard_s = time.monotonic()
         status = status_of(data)
         if status is not None:
@@ -320,9 +320,9 @@ class Server:
         return None
 
     async def _cut(self, call: int, why: str) -> Fault | None:
-        """The connection of a stream broke: with its server, or alone."""
+        """The error after a stream's connection broke; None if the server is gone too."""
         if not await self._healthy():
-            return None  # the engine is over, and this request with it
+            return None  # the engine ends, and this request with it
         message = f"the connection to the server at {self.where} broke: {why}"
         lost = ErrorInfo(code=ErrorCode.WORKER_LOST.value, message=message, retryable=True)
         return Fault(call, lost)
@@ -330,7 +330,7 @@ class Server:
     # --- health -----------------------------------------------------------------------------------
 
     def watch(self, path: str) -> None:
-        """From now on look at the server's health at this path."""
+        """Check the server's health at this path from now on."""
         self._health = path
         asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
 
@@ -341,7 +341,7 @@ class Server:
                 await self._healthy()
 
     async def _healthy(self) -> bool:
-        """Whether the server is there; many that ask at once are told by one look."""
+        """Whether the server is there; callers that ask at the same time share one check."""
         if self.lost or not self._health:
             return not self.lost
         if self._check is None or self._check.done():
@@ -356,7 +356,7 @@ class Server:
                 answer = await self._ask(self._health, None, HEALTH_S)
             except Unreachable as error:
                 if self._heard_s > since_s:
-                    return True  # too busy to say so, but it speaks
+                    return True  # too busy for the health check, but it sends chunks
                 refused = time.monotonic() - since_s < HEALTH_S / 2
                 silent += 1
                 patient = time.monotonic() - self._heard_s < self._settings.silent_s
@@ -369,7 +369,7 @@ class Server:
                 return False
             if answer.status in (502, 503, 504):
                 said = " ".join(_message(answer.body).split())[:200]
-                self.lost = f"the server at {self.where} is not well: HTTP {answer.status} {said}"
+                self.lost = f"the server at {self.where} is unhealthy: HTTP {answer.status} {said}"
                 return False
             self._heard_s = time.monotonic()
             return True
@@ -399,7 +399,7 @@ class Server:
 
 
 def _why(error: Exception) -> str:
-    """For people: the system's own words where it said something, which the library hides."""
+    """The cause in words: the operating system's error if there is one, which the library hides."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno:
@@ -419,8 +419,8 @@ def _parsed(data: bytes) -> Any:
 
 
 async def _events(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The data of server-sent events. Lines end with a newline alone: `aiter_lines` would cut
-    JSON at U+2028 and U+0085, which stand in strings as they are."""
+    """The data of server-sent events. Only a newline ends a line: `aiter_lines` would cut JSON at
+    U+2028 and U+0085, which strings may contain unescaped."""
     held = b""
     data: list[bytes] = []
     async for part in stream:

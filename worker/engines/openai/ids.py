@@ -1,12 +1,13 @@
-"""A server that takes token ids and tells those that it writes, as a `Generator`.
+"""A server that takes and returns token ids, as a `Generator`.
 
-Prompts, texts, stop strings, pieces and ends are tokenbus' own, as in the engines of libraries; the
-server chooses tokens. So an answer goes on after the same tokens at any such server. Where tokens
-are drawn at random the server counts its draws from where it begins, so the rest is another draw.
+Prompts, texts, stop strings, pieces and ends are tokenbus' own, as in the engines that use a
+library; the server chooses tokens. An answer can therefore be continued after the same tokens at
+any such server. If tokens are drawn at random, the rest is a new draw, because the server counts
+its draws from where it begins.
 
-Two dialects: OpenAI's completions with `return_token_ids` (vLLM and those like it), and llama.cpp's
-own `/completion`. Must never read text that the server made, and needs the model's tokenizer, which
-is compared with the server's before anything is believed.
+There are two dialects: OpenAI's completions with `return_token_ids` (vLLM and similar servers), and
+llama.cpp's own `/completion`. Needs the model's tokenizer, which is first compared with the
+server's. Must never read text that the server made.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _ELSEWHERE: Final = (
     "thinking_tokens",
     "prompt_logprobs",
 )
-"""Parameters that the server honours by text, or not at all."""
+"""Parameters that the server honours only for text requests, or not at all."""
 
 _GOLDEN: Final = 0x9E3779B1
 _SAMPLES: Final = (
@@ -58,11 +59,11 @@ _SAMPLES: Final = (
 
 
 _NOT_NATIVE: Final = ("stop_token_ids", "min_tokens", "ignore_eos", "logprobs")
-"""Further ones that llama.cpp's server does not take as we mean them where it tells token ids."""
+"""Further parameters that llama.cpp's server does not honour as the bus does with token ids."""
 
 
 def takes(request: Request, *, attachments: bool, llamacpp: bool = False) -> bool:
-    """Whether a request goes by ids, if nothing has been said of it yet."""
+    """Whether a request goes by token ids, if it has no answer yet."""
     if attachments or request.kind not in (
         Kind.CHAT,
         Kind.COMPLETE,
@@ -86,7 +87,7 @@ def _changes_logits(params: Params) -> bool:
 
 
 class IdsEngine(LibraryEngine):
-    """The models of a server that go by ids."""
+    """The models of a server whose requests go by token ids."""
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class IdsEngine(LibraryEngine):
         self._generators = generators
 
     def hear(self, came: Chunk | Done | Fault) -> None:
-        """Something of a stream that none of the text engine's requests has."""
+        """Take something from a stream that belongs to none of the text requests."""
         for generator in self._generators:
             if generator.hear(came):
                 return
@@ -108,8 +109,8 @@ class IdsEngine(LibraryEngine):
 def build_ids(
     server: Server, model: Model, kind: str, path: str, slots: int, options: EngineOptions
 ) -> tuple[LibraryModel, IdsGenerator]:
-    """The model by ids, with the tokenizer at `path`. Raises `EngineLoadError` where the server's
-    tokenizer is another one."""
+    """The model by token ids, with the tokenizer at `path`. Raises `EngineLoadError` if the
+    server's tokenizer is another one."""
     settings = SharedSettings(context_tokens=model.context_tokens or 0)
     facts = describe(path, options, settings, images=False, library="openai")
     generator = IdsGenerator(server, model.id, facts, slots, llamacpp=kind == "llamacpp")
@@ -126,7 +127,7 @@ def build_ids(
 
 
 def _compare(server: Server, model: Model, made: LibraryModel, kind: str, path: str) -> None:
-    """Its tokenizer and its chat template are the server's."""
+    """Check that tokenizer and chat template are the server's. Raises `EngineLoadError`."""
     for text in _SAMPLES:
         body: dict[str, Any] = (
             {"content": text, "add_special": False}
@@ -138,7 +139,8 @@ def _compare(server: Server, model: Model, made: LibraryModel, kind: str, path: 
         if theirs != ours:
             raise EngineLoadError(
                 f"the tokenizer at {path} is not that of {model.id} at {server.where}: they differ "
-                f"on {text[:20]!r}; name the right one with --engine-arg tokenizer=PATH, or none"
+                f"on {text[:20]!r}; give the right one with --engine-arg tokenizer=PATH, or "
+                "tokenizer=none"
             )
     if kind == "llamacpp":
         return
@@ -158,8 +160,8 @@ def _compare(server: Server, model: Model, made: LibraryModel, kind: str, path: 
     ours = getattr(answer, "result", {}).get("token_ids")
     if theirs is not None and theirs != ours:
         raise EngineLoadError(
-            f"the chat template at {path} is not that of {model.id} at {server.where}: give the "
-            "worker the server's with its folder, or --engine-arg tokenizer=none"
+            f"the chat template at {path} is not that of {model.id} at {server.where}: give a "
+            "folder with the server's, or --engine-arg tokenizer=none"
         )
 
 
@@ -180,7 +182,7 @@ class IdsGenerator:
         self._inbox: deque[Chunk | Done | Fault] = deque()
 
     def hear(self, came: Chunk | Done | Fault) -> bool:
-        """Whether it is of one of this model's sequences."""
+        """Take what has come if it belongs to one of this model's sequences; whether it does."""
         if came.call not in self._by_number:
             return False
         self._inbox.append(came)
@@ -226,7 +228,7 @@ class IdsGenerator:
             "return_token_ids": True,
             "max_tokens": sequence.max_tokens - len(sequence.answer),
             "top_k": params.top_k or -1,
-            # The ends are ours, which are told as tokens.
+            # Ends are found here: as stop tokens they are returned, as EOS they would not be.
             "ignore_eos": True,
             "stop_token_ids": sorted(ends),
         }
@@ -246,7 +248,7 @@ class IdsGenerator:
             if getattr(params, name) != getattr(_NEUTRAL, name):
                 raise RequestError(
                     ErrorCode.INVALID_REQUEST,
-                    f"{name}: llama.cpp's server does not take it by token ids",
+                    f"{name}: llama.cpp's server does not support it with token ids",
                     details={"parameter": name},
                 )
         body = self._common(sequence) | {
@@ -257,7 +259,7 @@ class IdsGenerator:
             "repeat_penalty": params.repetition_penalty,
             "repeat_last_n": self._facts.context_tokens,
             "typical_p": 1.0,
-            # Its own order and defaults would add samplers that nobody asked for.
+            # The default list would add samplers that nobody asked for, in another order.
             "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
             "cache_prompt": True,
         }
@@ -286,13 +288,13 @@ class IdsGenerator:
                 try:
                     drawn += [Drawn(sequence, sampled) for sampled in told(sequence, came.data)]
                 except (KeyError, TypeError, ValueError, IndexError) as error:
-                    message = f"the server at {self._server.where} told no token ids: {error!r}"
+                    message = f"the server at {self._server.where} sent no token ids: {error!r}"
                     info = ErrorInfo(code=ErrorCode.ENGINE_ERROR.value, message=message)
                     drawn.append(Drawn(sequence, info))
         return drawn
 
     def _cut_short(self) -> ErrorInfo:
-        message = f"the server at {self._server.where} ended the answer before its end"
+        message = f"the server at {self._server.where} ended the answer early"
         return ErrorInfo(code=ErrorCode.WORKER_LOST.value, message=message, retryable=True)
 
     def _tokens(self, sequence: Sequence, data: Mapping[str, Any]) -> list[Sampled]:
@@ -325,7 +327,7 @@ class IdsGenerator:
         sampled = [Sampled(int(id_), None, ok=True) for id_ in data.get("tokens") or ()]
         at_end = data.get("stop") and data.get("stop_type") == "eos"
         if at_end and (not sampled or sampled[-1].token_id not in sequence.eos_ids):
-            # The end itself is not among its tokens.
+            # The token that ended the answer is not among its tokens.
             sampled.append(Sampled(min(sequence.eos_ids), None, ok=True))
         return sampled
 

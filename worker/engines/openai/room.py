@@ -1,9 +1,9 @@
-"""`max_tokens` beyond the room of a server: cut to what the server itself says is left.
+"""`max_tokens` beyond a server's context: cut to what the server itself says is left.
 
-Many servers refuse an answer that might not fit (agents ask for 32,000 tokens of any model). Such a
-refusal names the limit, or the prompt is counted by the server, in a request for one token, and
-what is left of its context is asked for. A server that cuts by itself is never asked twice. Must
-never guess: without a figure of the server's its refusal stands.
+Many servers refuse an answer that might not fit (agents ask any model for 32,000 tokens). Either
+such a refusal names the limit, or the server counts the prompt in a request for one token, and the
+rest of its context is asked for. A server that cuts `max_tokens` itself is never asked twice. Must
+never guess: without a number from the server, its refusal stands.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _NAMES: Final = re.compile(r"max_(completion_|output_|new_)?tokens")
 _TOLD: Final = re.compile(
     r"at most (\d+) (?:completion|output) tokens|less than or equal to `?(\d+)`?"
 )
-"""A bound on the answer alone: OpenAI's words, and Groq's."""
+"""A bound on the answer alone, in OpenAI's words and in Groq's."""
 
 _SHORT_BY_DEFAULT: Final = ("vllm", "sglang", "other")
-"""Servers whose completions end after 16 tokens where no `max_tokens` is sent."""
+"""Servers whose completions end after 16 tokens if no `max_tokens` is sent."""
 
 
 class Room:
@@ -36,18 +36,18 @@ class Room:
         self._body = body
         self._context_tokens = context_tokens
         self._may_cut = request.params.cut_max_tokens
-        #: The prompt is being counted.
+        #: Whether the prompt is being counted.
         self.counting = False
         self._tried = False
         self._refusal: ErrorInfo | None = None
         short = request.kind is Kind.COMPLETE and server in _SHORT_BY_DEFAULT
         if request.params.max_tokens is None and short and context_tokens:
-            # Nothing said means the rest of the context.
+            # On the bus, no limit means the rest of the context.
             body["max_tokens"] = context_tokens
             self._may_cut = True
 
     def refused(self, error: ErrorInfo) -> dict[str, Any] | None:
-        """What to send after the server's refusal; None: it stands."""
+        """The body to send after the server's refusal; None: the refusal stands."""
         if self.counting or self._tried or not self._may_cut or "max_tokens" not in self._body:
             return None
         told = _TOLD.search(error.message) if _NAMES.search(error.message) else None
@@ -61,8 +61,8 @@ class Room:
         return {k: v for k, v in self._body.items() if k not in left_out} | {"max_tokens": 1}
 
     def counted(self, data: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What to send once the server has counted the prompt; None: this chunk does not tell.
-        Raises RequestError where nothing is left."""
+        """The body to send once the server has counted the prompt; None: this chunk has no count.
+        Raises RequestError if no room is left."""
         prompt_tokens = (data.get("usage") or {}).get("prompt_tokens")
         assert self._refusal is not None and self._context_tokens is not None
         if not isinstance(prompt_tokens, int) or prompt_tokens < 1:
@@ -78,7 +78,7 @@ class Room:
         return self._cut(left)
 
     def uncounted(self) -> ErrorInfo:
-        """The server's refusal, which stands because it told no usage."""
+        """The server's refusal, which stands because it sent no usage."""
         assert self._refusal is not None
         return self._refusal
 

@@ -1,6 +1,6 @@
 """The `--engine-arg` options of the openai engine, checked.
 
-Parses text and reads the file of a key; must never open a connection.
+Parses text and reads the key's file; must never open a connection.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SERVERS: Final = (
     "fastchat",
     "other",
 )
-"""Servers that differ in what they take beside OpenAI's own parameters."""
+"""Kinds of server, which differ in what they take besides OpenAI's own parameters."""
 
 _SAMPLING: Final = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty"}
 _LIKE_VLLM: Final = _SAMPLING | {
@@ -55,36 +55,38 @@ EXTENSIONS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "fastchat": {"top_k": "top_k"},
 }
-"""Parameters of the bus that a server takes beside OpenAI's, under its own names."""
+"""Parameters of the bus that a server takes besides OpenAI's, with the server's names for them."""
 
 _DEFAULT_SLOTS: Final = {"vllm": 64, "sglang": 64, "lmdeploy": 64, "ollama": 4, "transformers": 1}
-"""Requests at once where a server does not tell: what each takes by default without queueing."""
+"""Number of requests sent at once if the server does not say: what each kind by default runs
+without queueing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where the server is and what is known of it beforehand."""
+    """Where the server is and what is known about it beforehand."""
 
-    #: With `/v1` or what stands for it, without a slash at the end.
+    #: Including `/v1` or its equivalent, without a slash at the end.
     base_url: str
     api_key: str = ""
-    #: One of `SERVERS`; empty: found out.
+    #: One of `SERVERS`; empty: to be found out.
     server: str = ""
-    #: How it continues an answer in a chat: `flag`, `last`, `none`; empty: tried out.
+    #: How it continues an answer in a chat: `flag`, `last`, `none`; empty: to be tried.
     continues: str = ""
-    #: Whether it takes images; None: found out.
+    #: Whether it takes images; None: to be found out.
     images: bool | None = None
-    #: Longest prompt plus answer; 0: as the server says.
+    #: Longest prompt plus answer, tokens; 0: as the server says.
     context_tokens: int = 0
-    #: Whether requests are sent to find out what it can.
+    #: Whether to find out by test requests what it can do.
     probe: bool = True
-    #: Folder or hub id of the model's tokenizer, by which answers go on by token ids; `none`: not.
+    #: Folder or hub id of the model's tokenizer, with which requests go by token ids; `none`: they
+    #: never do.
     tokenizer: str = ""
-    #: A server that says nothing for this long, to a request or a look at its health, is lost.
+    #: A server that sends nothing for this long, not even to a health check, is lost.
     silent_s: float = 120.0
-    #: Parameters of the bus that it takes under the same name, beside those known.
+    #: Parameters of the bus that it takes under the same name, besides those known.
     passes: tuple[str, ...] = ()
-    #: Whether its certificate is checked; a path names the authority's.
+    #: Whether its certificate is checked; or the path of the authority's certificate.
     verify: str = "yes"
 
     @property
@@ -93,12 +95,12 @@ class Settings:
         return self.base_url.removesuffix("/v1")
 
     def slots(self, server: str) -> int:
-        """Requests at once where neither the operator nor the server says it."""
+        """Number of requests sent at once if neither the operator nor the server says."""
         return _DEFAULT_SLOTS.get(server, 8)
 
 
 def read(arguments: Mapping[str, str]) -> Settings:
-    """The settings. Raises `EngineLoadError` that names the option."""
+    """Parse the arguments. Raises `EngineLoadError` that names the bad one."""
     given = {name.replace("-", "_"): text for name, text in arguments.items()}
     known = {
         "base_url",
@@ -150,7 +152,7 @@ def _address(text: str) -> str:
             f"--engine-arg base_url={text}: expected http://HOST:PORT/v1 or https://..."
         )
     if parts.username or parts.password:
-        raise EngineLoadError("--engine-arg base_url: a key belongs into api_key_file=PATH")
+        raise EngineLoadError("--engine-arg base_url: a key belongs in api_key_file=PATH")
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
 
@@ -183,7 +185,7 @@ def _flag(given: Mapping[str, str], name: str) -> bool | None:
         return None
     if value in ("yes", "true", "1", "no", "false", "0"):
         return value in ("yes", "true", "1")
-    raise EngineLoadError(f"--engine-arg {name}={value}: yes or no")
+    raise EngineLoadError(f"--engine-arg {name}={value}: expected yes or no")
 
 
 def _number(given: Mapping[str, str], name: str, default: float) -> float:
@@ -192,5 +194,5 @@ def _number(given: Mapping[str, str], name: str, default: float) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < 1e9:
-        raise EngineLoadError(f"--engine-arg {name}={given[name]}: a number, 0 or more")
+        raise EngineLoadError(f"--engine-arg {name}={given[name]}: expected a number, 0 or more")
     return value

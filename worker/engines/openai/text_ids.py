@@ -1,14 +1,13 @@
-"""Token ids that carry text: what stands for the tokens of a server that tells none.
+"""Token ids that carry text, in place of the tokens of a server that returns none.
 
-Whoever holds the ids of an answer so far has its text and the kind of each piece, so that another
-worker can go on from there (SPEC.md section 6.4). An id holds up to three bytes of whole
-characters:
+The ids of an answer so far contain its text and the kind of each piece, so that another worker can
+continue from there (SPEC.md section 6.4). An id holds up to three bytes of whole characters:
 
     bit 30 set | kind 29-27 | 26: counts as a token of the server, or begins a call | 25-24: bytes
 
-The low 24 bits are these bytes; where their number is 0, one code point. Kind 7 is a hash of a
-token instead, for answers with log probabilities, which have one id for each token. Pure; must
-never meet a tokenizer.
+The low 24 bits are these bytes; if their number is 0, they are one code point. Kind 7 is a hash of
+a token instead, for answers with logprobs, which have one id for each token. Must never use a
+tokenizer.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ _LOW: Final = (1 << 24) - 1
 
 
 def is_text(ids: Sequence[int]) -> bool:
-    """Whether ids carry text. Those of one answer are all of one sort."""
+    """Whether ids carry text. The ids of one answer either all do or none does."""
     return bool(ids) and ids[-1] >= TEXT_IDS
 
 
 def encoded(pieces: Sequence[Piece], tokens: int = 1) -> list[int]:
-    """The ids of what a server sent at once, which was so many tokens."""
+    """The ids for pieces that a server sent at once and that consist of `tokens` tokens."""
     ids: list[int] = []
     room = sum(len(piece.text) for piece in pieces)
     wide = 3 if sum(len(_parts(piece.text, 3)) for piece in pieces) >= min(tokens, room) else 1
@@ -55,8 +54,8 @@ def encoded(pieces: Sequence[Piece], tokens: int = 1) -> list[int]:
 
 
 def _parts(text: str, most: int) -> list[int]:
-    """Length and bytes of a text, `most` bytes or one character at a time, or a code point that is
-    longer than three."""
+    """The low 26 bits of the ids of a text. Each is a length and up to `most` bytes, but at least
+    one character; or a code point whose UTF-8 has more than three bytes."""
     parts: list[int] = []
     held = b""
     for character in text:
@@ -74,8 +73,8 @@ def _parts(text: str, most: int) -> list[int]:
 
 
 def decoded(ids: Iterable[int]) -> list[Piece]:
-    """The pieces that ids carry, neighbours of one kind joined; a call begins a piece of its own.
-    Raises ValueError for an id that carries no text."""
+    """The pieces that ids carry, with neighbours of the same kind merged, but each call a piece of
+    its own. Raises ValueError for an id that carries no text."""
     pieces: list[Piece] = []
     for id_ in ids:
         kind, size, data = id_ >> 27 & 7, id_ >> 24 & 3, id_ & _LOW
@@ -92,15 +91,15 @@ def decoded(ids: Iterable[int]) -> list[Piece]:
 
 
 def tokens(ids: Iterable[int]) -> int:
-    """How many tokens of the server these were, as far as it told."""
+    """How many tokens of the server these ids stand for, as far as it said."""
     return sum(1 for id_ in ids if id_ >> 27 & 7 == _HASH or id_ & _COUNTS)
 
 
 def hashed(token: bytes) -> int:
-    """The id of a token of which only equality matters."""
+    """The id for a token that only has to be compared."""
     return TEXT_IDS | _HASH << 27 | zlib.crc32(token) & (1 << 27) - 1
 
 
 def is_hashed(ids: Sequence[int]) -> bool:
-    """Whether ids are hashes of tokens, of an answer with log probabilities."""
+    """Whether ids are hashes of tokens, from an answer with logprobs."""
     return bool(ids) and ids[-1] >= TEXT_IDS and ids[-1] >> 27 & 7 == _HASH

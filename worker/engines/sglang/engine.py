@@ -3,7 +3,7 @@
 Written against SGLang 0.5's sources and documentation, but never run: it needs a GPU. Parameters
 that could not be verified to mean the same as on the bus are refused by name. SGLang samples in its
 own processes; with its deterministic inference a token is a function of (seed, position) there too,
-but not the same one as in the other engines.
+but not the same function as in the other engines.
 """
 
 from __future__ import annotations
@@ -182,10 +182,10 @@ def sampling_parameters(
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Running:
-    """A sequence at SGLang."""
+    """A sequence that SGLang runs."""
 
     sequence: Sequence
-    #: Number of its tokens that were drawn here.
+    #: Number of its tokens that SGLang has drawn.
     drawn: int = 0
     over: bool = False
 
@@ -261,7 +261,7 @@ class SglangGenerator:
         ]
         reason = meta.get("finish_reason")
         if isinstance(reason, Mapping) and reason.get("type") == "abort":
-            message = f"SGLang gave the request up: {str(reason.get('message') or '')[:500]}"
+            message = f"SGLang gave up the request: {str(reason.get('message') or '')[:500]}"
             error = ErrorInfo(code=ErrorCode.ENGINE_ERROR.value, message=message)
             drawn.append(Drawn(running.sequence, error))
         return drawn

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 # The engine core steps in this process; read when vLLM is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-# On a CPU, binding threads to cores would take over the whole machine, whoever else uses it.
+# On a CPU, binding threads to cores would take over the machine from everything else on it.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from vllm import SamplingParams
@@ -62,16 +62,16 @@ OWN = frozenset(
         "max_logprobs",
     }
 )
-"""Arguments of vLLM that are set from the worker's options."""
+"""Arguments of vLLM that are set from the worker's options, or must not be changed."""
 
 LOWEST_BIAS = -100.0
-"""The lowest that vLLM accepts; it keeps image placeholders out of greedy answers."""
+"""The lowest bias that vLLM accepts; it keeps image placeholders out of greedy answers."""
 
 RAW_LOGPROBS = (
     "gives logprobs before penalties, bias, bans, constraint and min_tokens: ask for one or the "
     "other"
 )
-"""The error for a request that wants both: vLLM's logprobs are those of the bare model."""
+"""Why a request cannot have both: vLLM's logprobs are those of the bare model."""
 
 ADJUSTING = (
     "repetition_penalty",
@@ -106,7 +106,7 @@ def engine_arguments(
         else:
             words += [flag, text]
     parser = EngineArgs.add_cli_args(_Parser(exit_on_error=False))
-    # vLLM's statistics of each step and token go to a log that nobody reads here.
+    # vLLM's statistics of each step and token would go to a log that nobody reads here.
     parser.set_defaults(disable_log_stats=True)
     try:
         args = parser.parse_args(words)
@@ -143,8 +143,8 @@ def build_engine(options: EngineOptions, progress: Progress) -> LibraryEngine:
     )
     if options.device not in ("auto", "cpu", "cuda"):
         raise EngineLoadError(
-            f"engine vllm does not take --device {options.device}: its build decides; choose GPUs "
-            "with CUDA_VISIBLE_DEVICES and --engine-arg tensor_parallel_size=N"
+            f"engine vllm does not take --device {options.device}: its build determines the "
+            "device; choose GPUs with CUDA_VISIBLE_DEVICES and --engine-arg tensor_parallel_size=N"
         )
     ((path, names),) = named_models(options, several=False)
     progress(None, f"loading {path}")
@@ -235,7 +235,7 @@ class VllmGenerator:
             extra_args=extra,
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs if sequence.wants_prompt_logprobs else None,
-            # tokenbus handles ends and texts, and aborts what is over.
+            # tokenbus finds ends and makes texts, and aborts requests that are over.
             ignore_eos=True,
             detokenize=False,
             max_tokens=sequence.max_tokens - len(sequence.answer),
@@ -274,8 +274,8 @@ class VllmGenerator:
     def _checked(
         self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None
     ) -> Sampled | ErrorInfo:
-        """The token, unless it violates the request's own rules, which means that none
-        could be chosen."""
+        """The token; an error if it violates the request's own rules, which means that none could
+        be chosen."""
         if sequence.row.forced is None and token_id in sequence.row.forbidden:
             return ErrorInfo(
                 code=ErrorCode.ENGINE_ERROR.value,

@@ -1,5 +1,4 @@
-"""tokenbus' sampler as a logits processor for vLLM: tokens depend on (seed, position),
-in any batch.
+"""tokenbus' sampler as a logits processor for vLLM: tokens depend on (seed, position) in any batch.
 
 vLLM builds one `BusSampling` in each sampling process, which knows nothing of the bus: everything
 that a row needs is sent with its request, in `extra_args`. It leaves each row a single token and
@@ -48,7 +47,7 @@ def pack(facts: RowFacts) -> dict[str, Any]:
 
 
 class _Row:
-    """A request in vLLM's batch. `output_ids` is vLLM's own list, which grows."""
+    """A request in vLLM's batch. `output_ids` is vLLM's own list, which grows with its answer."""
 
     def __init__(self, facts: RowFacts, row: SamplerRow, output_ids: list[int]) -> None:
         self.row = row
@@ -74,7 +73,7 @@ class BusSampling(LogitsProcessor):  # type: ignore[misc]
         self._samplers: dict[tuple[int, ...], Sampler] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """False: it changes which token is the most likely."""
+        """False: it changes which token is most likely."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
