@@ -7,7 +7,7 @@ never import torch.
 
 from __future__ import annotations
 
-from broker.protocol import early  # noqa: F401  # first: it handles signals from here on
+from broker.protocol import early  # noqa: F401  # must be first: handles signals from here on
 
 # isort: split
 
@@ -138,8 +138,8 @@ def serve(config: options.WorkerConfig) -> int:
 
 
 def check(config: options.WorkerConfig) -> int:
-    """`--no-register`: load the engine and let each model answer one prompt; returns
-    the exit status."""
+    """`--no-register`: load the engine and let each model answer one prompt; returns the exit
+    status."""
     from worker.check import CheckFailed, check_engine
 
     try:

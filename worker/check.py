@@ -1,6 +1,6 @@
 """`--no-register`: load the engine as a worker would, let each model answer one prompt, report.
 
-For trying a model before it joins a bus. Serves nobody. Must never import zmq or torch.
+For trying a model before its worker joins a bus. Serves nobody. Must never import zmq or torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Every option of the worker: flag, environment variable, default, unit and reason.
 
-Flags take precedence over the environment (`TOKENBUS_WORKER_...`), and that over the defaults. Old
-spellings of the replaced systems are accepted, or answered with their replacement (`replaced`).
-Must never import zmq or torch, so that `--help` is quick.
+Flags take precedence over the environment (`TOKENBUS_WORKER_...`), and the environment over the
+defaults. Old spellings of the replaced systems are accepted, or refused with the name of their
+replacement (`replaced`). Must never import zmq or torch, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ DEMO_NAME: Final = "demo"
 ON_DEMAND_SLOTS: Final = 16
 """With --models the number of slots is the same, whichever model is loaded."""
 ADAPTERS_FOLDER: Final = "adapters_folder"
-"""The engine argument of engines that load adapters while they run."""
+"""The argument of engines that load adapters while they run."""
 BUNDLED: Final = {DEMO_NAME: model_path, "demo-tools": caller.model_path}
-"""Models that need no download, by the name that takes the place of a path."""
+"""Models that need no download, by the name that stands for their path."""
 
 _EPILOG: Final = f"""\
 Every option can be set by an environment variable: {ENVIRONMENT_PREFIX}LIMIT_MODEL_CONCURRENCY=4;
@@ -80,7 +80,7 @@ class WorkerConfig:
     #: Clouds whose metadata service is asked for a spot notice.
     spot: tuple[str, ...]
     notice_command: str | None
-    #: Whether the limit of the Slurm job counts that this process runs in.
+    #: Whether the time limit of the Slurm job in which this process runs counts as its end.
     slurm: bool
     threads: int | None
     server_key: Path | None
@@ -96,8 +96,8 @@ class WorkerConfig:
     #: Environment variables that look like options but are not.
     misspelt: tuple[str, ...]
     engine: EngineOptions
-    #: Models are loaded on demand, one at a time or within a budget, and unloaded after so long
-    #: without a request.
+    #: Whether models are loaded on demand: one at a time, or as many as fit into
+    #: `models_memory_bytes`. They are unloaded after `unload_idle_s` without a request.
     on_demand: bool = False
     models_memory_bytes: int = 0
     unload_idle_s: float = math.inf
@@ -109,13 +109,13 @@ def software() -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Defaults are None here, since the environment comes between
-    flags and defaults."""
+    """The command line. Defaults are None here, since the environment comes between flags and
+    defaults."""
     made = OptionParser(
         replaced=REPLACED,
         raises=ConfigError,
         prog="python -m worker",
-        description="Serve models on a tokenbus: connects out to a broker, runs the engine in a "
+        description="Serve models on a tokenbus: connect to a broker, and run the engine in a "
         "separate process.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -140,8 +140,8 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--models",
         metavar="FOLDER|LIST",
-        help="models that are loaded on demand, one at a time: a folder that holds them, or a "
-        "list separated by commas; the broker decides whose turn it is [none]",
+        help="models to load on demand, one at a time: the folder that holds them, or a list "
+        "separated by commas; the broker decides which is loaded [none]",
     )
     models.add_argument(
         "--models-memory",
@@ -224,8 +224,7 @@ def parser() -> argparse.ArgumentParser:
         "--engine-stall-s",
         type=option_values.positive,
         metavar="S",
-        help="an engine that has work but finishes no step for this long is killed and restarted "
-        "[120]",
+        help="kill and restart an engine that has work but finishes no step for this long [120]",
     )
 
     bus = made.add_argument_group("bus")
@@ -242,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
         "--join",
         metavar="LINE|FILE",
         help="an invitation, as `python -m broker invite` prints it, or a file that holds one: "
-        "address and keys in one; --broker beside it is another way to the same broker",
+        "address and keys in one line; --broker then gives another address of the same broker",
     )
     bus.add_argument(
         "--worker-id", metavar="NAME", help="name on the bus, unique [host name and 6 hex digits]"
@@ -264,18 +263,18 @@ def parser() -> argparse.ArgumentParser:
         "--grace-s",
         type=option_values.seconds,
         metavar="S",
-        help="how long requests keep running after their broker was lost [30]",
+        help="how long requests keep running after their broker is lost [30]",
     )
     bus.add_argument(
         "--drain-s",
         type=option_values.seconds,
         metavar="S",
-        help="how long running requests may take after the worker was told to stop [30]",
+        help="how long running requests may take after the worker is told to stop [30]",
     )
     ends = made.add_argument_group(
         "end",
         "A worker that knows when it will be gone tells the broker, which moves running\n"
-        "streams away in time. Within a Slurm job, the job's limit is known without an option.",
+        "streams away in time. In a Slurm job, the job's limit is known without an option.",
     )
     ends.add_argument(
         "--ends-at",
@@ -299,8 +298,8 @@ def parser() -> argparse.ArgumentParser:
     ends.add_argument(
         "--notice-command",
         metavar="COMMAND",
-        help="run every 5 s; prints the seconds left, or a time, once an end is known, and nothing "
-        "before",
+        help="run every 5 s; once an end is known it must print the seconds left, or a time, and "
+        "before that nothing",
     )
     ends.add_argument(
         "--end-margin-s",
@@ -318,7 +317,7 @@ def parser() -> argparse.ArgumentParser:
     logs = made.add_argument_group("log")
     logs.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error [info]")
     logs.add_argument(
-        "--log-format", metavar="STYLE", help="auto, text (a terminal's) or json [auto]"
+        "--log-format", metavar="STYLE", help="auto, text (for terminals) or json [auto]"
     )
     logs.add_argument("--log-file", metavar="FILE", help="write the log there [standard error]")
     logs.add_argument("--no-progress", action="store_true", help="show no loading progress")
@@ -363,7 +362,7 @@ def _from_environment(action: argparse.Action, text: str, name: str) -> Any:
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> WorkerConfig:
-    """The configuration. Raises ConfigError; `--help` and `--version` end the process."""
+    """Parse the configuration. Raises ConfigError; `--help` and `--version` end the process."""
     command_line = parser()
     given = vars(command_line.parse_args(arguments))
     values: dict[str, Any] = {}
@@ -405,7 +404,9 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
     elif values["ends_at"] not in (None, NEVER):
         ends_at = times.point(values["ends_at"], datetime.now())
     if ends_at is not None and ends_at <= time.time() + values["end_margin_s"]:
-        raise ConfigError("the end (--ends-at, --ends-in) must be later than now and its margin")
+        raise ConfigError(
+            "the end (--ends-at, --ends-in) must lie further ahead than --end-margin-s"
+        )
     worker_id = values["worker_id"] or f"{socket.gethostname()[:200]}-{secrets.token_hex(3)}"
     if len(worker_id.encode()) > 256:
         raise ConfigError("--worker-id is longer than 256 bytes")
@@ -451,7 +452,7 @@ def _invitation(values: dict[str, Any]) -> Invitation | None:
 
 
 def _found(path: str) -> str:
-    """The folder of a bundled model; any other path, and a folder of that name, as they are."""
+    """The folder of a bundled model; any other path, or an existing one of that name, as it is."""
     bundled = path in BUNDLED and not Path(path).exists()
     return str(BUNDLED[path]()) if bundled else path
 
@@ -476,7 +477,8 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
         raise ConfigError("--load-8bit and --load-4bit exclude each other")
     if values["draft_model"] and values["engine"] in {*registry.BUILT_IN} - {"transformers"}:
         raise ConfigError(
-            f"--draft-model: engine {values['engine']} takes none; only --engine transformers does"
+            f"--draft-model: engine {values['engine']} does not take one; only --engine "
+            "transformers does"
         )
     engine_args = {}
     for item in values["engine_arg"] or []:
@@ -486,13 +488,14 @@ def _engine_options(values: dict[str, Any]) -> EngineOptions:
         engine_args[key.replace("-", "_")] = text
     if values["models"] is not None and ADAPTERS_FOLDER in engine_args:
         raise ConfigError(
-            f"--engine-arg {ADAPTERS_FOLDER} holds adapters of one model: give that as --model-path"
+            f"--engine-arg {ADAPTERS_FOLDER} is for the adapters of one model: name it with "
+            "--model-path instead of --models"
         )
     if not paths:
         if values["engine"] == "transformers":
             paths, names = [str(model_path())], names or [DEMO_NAME]
         elif values["engine"] == "openai":
-            paths = []  # what the server has
+            paths = []  # the models of the server
         elif values["engine"] in registry.NEED_MODEL:
             raise ConfigError(
                 f"--engine {values['engine']} needs --model-path: a folder, a file or a hub id"

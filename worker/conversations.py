@@ -1,6 +1,6 @@
 """Chat templates for models without one: a Jinja file, or one of FastChat's by name.
 
-The templates are FastChat's conversations with these names, as their models were trained on them.
+The named templates render FastChat's conversations of these names, as models were trained on them.
 Needs only the standard library, so that a wrong name is reported before a model is loaded.
 """
 
@@ -94,7 +94,7 @@ NAMED_TEMPLATES: Final = {
 
 
 def read_template(given: str) -> str:
-    """The Jinja source for a file or a name. Raises ValueError that lists the valid names."""
+    """The Jinja source for a file or a name. Raises ValueError, which lists the valid names."""
     if given in NAMED_TEMPLATES:
         return NAMED_TEMPLATES[given]
     known = ", ".join(NAMED_TEMPLATES)

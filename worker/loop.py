@@ -43,7 +43,7 @@ from worker.process.display import LoadingDisplay
 log = logging.getLogger(__name__)
 
 MESSAGES_AT_ONCE: Final = 1000
-"""Most messages read from one broker before the engine and the timers get their turn."""
+"""Maximum number of messages read from one broker before the engine and the timers get a turn."""
 
 WORKER: Final = Party(
     role="worker",
@@ -100,7 +100,7 @@ class Readable(Protocol):
 
 class EngineSide(Protocol):
     """The engine as the link sees it: `supervisor.Supervisor` with an engine process, or another
-    bus (`relay.port.LowerBus`). None of its methods blocks, except that `stop` may wait."""
+    bus (`relay.port.LowerBus`). None of its methods blocks, except `stop` if told to wait."""
 
     @property
     def pipes(self) -> Sequence[Readable]:
@@ -135,7 +135,8 @@ class Link:
         ends: EndWatch | None = None,
         load: Callable[[str, Collection[str]], None] | None = None,
     ) -> None:
-        """`load`: loads a model on demand in place of others, see `process.shelf`."""
+        """`load`: loads a model on demand in place of others, see `process.shelf`; None: the engine
+        loads no models on demand."""
         self._load = load
         self._core = core
         self._ends = ends
@@ -147,8 +148,7 @@ class Link:
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._dealers: dict[int, Dealer] = {}
         self._signals = _Signals()
-        #: The system's poll on descriptors: `zmq.Poller` would query every socket and monitor
-        #: twice.
+        #: The system's own poll: `zmq.Poller` would query every socket and monitor twice.
         self._poll = select.poll()
         self._polled: list[tuple[int, int]] = []
         self._heap = HeapTrimmer()
@@ -172,7 +172,8 @@ class Link:
                 self._ends.close()
             for dealer in self._dealers.values():
                 dealer.close()
-            # Requests that still run are given up: do not wait for an engine in mid-step.
+            # Requests that still run are given up: do not wait for an engine in the middle of a
+            # step.
             self._supervisor.stop(wait=self._core.running == 0)
             self._signals.close()
             self._context.term()
@@ -185,7 +186,7 @@ class Link:
         wait_s = min(max(0.0, due_s - now_s), 3600.0)
         if due or self._supervisor.waiting:
             wait_s = 0.0
-        # Rounded up: a poll that returned slightly early would make a busy loop.
+        # Rounded up: a poll that returned slightly early would cause a busy loop.
         ready = {fd for fd, _ in self._poller().poll(int(wait_s * 1000) + 1 if wait_s else 0)}
         if self._signals.fileno() in ready:
             for name in self._signals.take():

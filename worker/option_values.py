@@ -1,7 +1,8 @@
-"""How the values of the worker's options are written: addresses, sizes, times, models.
+"""Parses the values of the worker's options: addresses, sizes, times, models.
 
-Each function reads one value and raises `argparse.ArgumentTypeError` that says what to write
-instead, unless it says otherwise. Must never import zmq or torch, so that `--help` is quick.
+Unless its docstring says otherwise, each function parses one value and raises
+`argparse.ArgumentTypeError`, which says what to write instead. Must never import zmq or torch, so
+that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from worker.ending import times
 
 NEVER: Final = "never"
 CLOUDS: Final = ("aws", "gcp", "azure")
-"""Of `ending.sources`, which `--help` need not load."""
+"""The clouds in `ending.sources`, named here so that `--help` need not load that module."""
 
 
 def check_address(address: str) -> str:
@@ -47,7 +48,7 @@ def addresses(text: str) -> str:
 
 
 def template(text: str) -> str:
-    """A name of a chat template, or a file of one."""
+    """The name of a chat template, or the file of one."""
     try:
         read_template(text)
     except ValueError as error:
@@ -64,7 +65,9 @@ def models_in(text: str) -> list[str]:
     found = [str(p.parent) for p in folder.glob("*/config.json")]
     found += [str(p) for p in folder.glob("*.gguf")]
     if not found:
-        raise ValueError(f"--models {text}: no folder with a config.json in it, and no .gguf file")
+        raise ValueError(
+            f"--models {text}: it has neither a folder with a config.json nor a .gguf file"
+        )
     return sorted(found)
 
 
@@ -91,7 +94,7 @@ def size(text: str) -> int:
         value = 0
     if value <= 0:
         raise argparse.ArgumentTypeError(
-            f"{text} is not a size: 20GiB, 500MB, or a number of bytes"
+            f"{text} is not a size: write 20GiB, 500MB, or a number of bytes"
         )
     return value
 
@@ -122,5 +125,5 @@ def length(text: str) -> float:
 def clouds(text: str) -> str:
     for name in text.split(","):
         if name not in CLOUDS:
-            raise argparse.ArgumentTypeError(f"{name!r}: must be of {', '.join(CLOUDS)}")
+            raise argparse.ArgumentTypeError(f"{name!r}: must be one of {', '.join(CLOUDS)}")
     return text

@@ -1,4 +1,4 @@
-"""Options of the workers that this one replaces, and the options to use now. Texts only."""
+"""Options of the workers that this one replaces, and what to use instead. Texts only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _RECOGNISED: Final = (
     "not needed: a quantised checkpoint is recognised by its config.json; give its folder with "
     "--model-path"
 )
-_NO_SERVER: Final = "not needed: a worker listens nowhere, it connects to --broker"
+_NO_SERVER: Final = "not needed: a worker does not listen, it connects to --broker"
 _CURVE: Final = "the bus encrypts with CURVE: see --server-key and --key"
 
 REPLACED: Final = {
@@ -21,7 +21,7 @@ REPLACED: Final = {
     "--use-flash-attn": "--engine-arg attention=flash_attention_2",
     **dict.fromkeys(
         ("--multi-modal", "--multimodal"),
-        "not needed: that a model takes images is read from its configuration",
+        "not needed: whether a model takes images is read from its configuration",
     ),
     **dict.fromkeys(
         (

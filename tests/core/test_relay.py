@@ -405,7 +405,7 @@ def test_a_broker_that_would_be_a_worker_of_itself_reports_it_and_grants_nothing
     assert buses.credit == 0
     reports = buses.relay.reports
     failed = [event for event in reports if isinstance(event, worker_events.WorkerFailed)]
-    assert failed and "a loop of brokers: lower would be a worker of itself" in failed[0].message
+    assert failed and "a loop of brokers: lower would be its own worker" in failed[0].message
 
 
 def test_relays_in_a_loop_grant_nothing_until_one_of_them_has_left() -> None:

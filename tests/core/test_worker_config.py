@@ -168,8 +168,8 @@ def test_a_broker_named_twice_is_one_broker() -> None:
         (["--dtype", "int3"], "one of auto, float32"),
         (["--key", "k"], "go together"),
         (["--worker-id", "x" * 300], "256 bytes"),
-        (["--port", "40000"], "listens nowhere"),
-        (["--worker", "http://localhost:40000"], "listens nowhere"),
+        (["--port", "40000"], "does not listen"),
+        (["--worker", "http://localhost:40000"], "does not listen"),
         (["--nosuch"], "there is no option --nosuch"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_malformed_request_fails_alone_and_its_credit_returns() -> None:
     broker.assign(2, request=codec.pack({"model": "demo", "window": 1}), attachments=(b"x",))
     end = broker.answer(2).end
     assert isinstance(end, FailEvent)
-    assert "1 attachments came, 0 are described" in end.error.message
+    assert "describes 0 attachments, but 1 came" in end.error.message
     assert (broker.free, world.jobs) == (1, {})
 
 

@@ -75,7 +75,7 @@ def test_options_name_an_end() -> None:
     assert not config.parse(["--ends-at", "never"], {}).slurm
     with pytest.raises(config.ConfigError, match="exclude"):
         config.parse(["--ends-in", "15m", "--ends-at", "21:00"], {})
-    with pytest.raises(config.ConfigError, match="later than now"):
+    with pytest.raises(config.ConfigError, match="further ahead than --end-margin-s"):
         config.parse(["--ends-at", "1000000000"], {})
     with pytest.raises(config.ConfigError, match="azure"):
         config.parse(["--spot", "ibm"], {})
@@ -305,5 +305,5 @@ def test_nobody_is_asked_where_nobody_can_know() -> None:
     assert sources.chosen(None, (), None, environment={}) == []
     found = sources.chosen(5.0, ("gcp",), "true", environment={"SLURM_JOB_ID": "7"})
     names = [source.name for source in found]
-    assert names == ["the time that its options name", "slurm", "gcp", "notice command"]
+    assert names == ["the time set by its options", "slurm", "gcp", "notice command"]
     assert sources.chosen(None, (), None, slurm=False, environment={"SLURM_JOB_ID": "7"}) == []

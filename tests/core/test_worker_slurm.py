@@ -72,15 +72,15 @@ def test_those_that_wait_hear_how_far_it_is() -> None:
     cluster = Cluster()
     cluster.waiting = 1
     cluster.look()
-    assert cluster.note == "starting: a job is submitted"
+    assert cluster.note == "starting: a job was submitted"
     cluster.look()
     assert cluster.note == "starting: job 101 pending (Resources)"
     cluster.jobs["101"] = Job("101", "RUNNING")
     cluster.look()
-    assert cluster.note == "starting: job 101 runs, its worker starts"
+    assert cluster.note == "starting: job 101 runs, its worker is starting"
     cluster.start("101", state="loading")
     cluster.look()
-    assert cluster.note == "starting: job 101 runs, its worker loads"
+    assert cluster.note == "starting: job 101 runs, its worker is loading"
     cluster.start("101")
     cluster.look()
     assert cluster.note == ""

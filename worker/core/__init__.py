@@ -1,4 +1,4 @@
 """The worker's core, sans-IO: events in, instructions out, the time as an argument.
 
-No socket, clock, thread or log here; `worker.loop` carries the instructions out.
+Must never touch a socket, a clock, a thread or a log; `worker.loop` carries out the instructions.
 """

@@ -16,7 +16,7 @@ from worker.core.streams import Route
 
 
 class Connection(PeerConnection):
-    """The connection to one broker, which never changes."""
+    """The connection to one broker; its address never changes."""
 
     __slots__ = (
         "blocked",
@@ -32,16 +32,16 @@ class Connection(PeerConnection):
     def __init__(self, index: int, address: str, generator: random.Random, now_s: float) -> None:
         super().__init__(Address(address, generator, from_s=now_s), door="back", steady=True)
         self.index = index
-        #: The absence of this broker has been logged; logged again only after it has been back.
+        #: Whether this broker's absence has been logged; it is logged again only after it was back.
         self.told_absent = False
         self.state = State.WAITING
 
     def _reset(self) -> None:
         super()._reset()
-        #: The socket is full: no OUTPUT is made until it has room.
+        #: Whether the socket is full: no OUTPUT is made until it has room.
         self.blocked = False
         self.credit = Account()
-        #: The broker knows the engine's models and capacity.
+        #: Whether the broker knows the engine's models and capacity.
         self.models_told = False
         self.routes: dict[bytes, Route] = {}
         #: Running requests named in HELLO that no client has resumed through this broker yet.

@@ -1,8 +1,8 @@
 """How the slots of one worker become credit at several brokers (SPEC.md section 7, appendix A).
 
-Every free slot is granted to some broker, so that a request never waits for a grant. Where another
-broker has requests waiting, credit that an idle one does not need is asked back. Nobody else
-changes an account. Must never send anything: it counts.
+Every free slot is granted to some broker, so that a request never waits for a grant. If another
+broker has requests waiting, an idle broker is asked to give back credit that it does not need. No
+other module changes an account. Must never send anything: it only counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Account:
-    """The credit of one session; all figures are cumulative over it."""
+    """The credit of one session; all counts except `waiting` are cumulative over it."""
 
     __slots__ = (
         "_recalled_told",
@@ -44,7 +44,7 @@ class Account:
         self._recalled_told = 0
         self.answered = 0
         self.returned = 0
-        #: Numbers of the last grant and of the last ASSIGN of the whole worker that were its.
+        #: Numbers, counted over the whole worker, of this session's last grant and last ASSIGN.
         self.granted_order = 0
         self.assigned_order = 0
 
@@ -55,8 +55,8 @@ class Account:
 
     @property
     def wanted(self) -> int:
-        """Slots that the broker could use beyond its credit; negative: credit that nobody there
-        waits for."""
+        """Slots that the broker could use beyond its credit; if negative, credit that it does not
+        need."""
         return self.waiting - self.unused
 
     @property
@@ -89,7 +89,7 @@ class CreditPool:
     def distribute(self, slots: int) -> None:
         """Grant what is left of `slots` (those that no request occupies): first, in turn, to
         brokers with more waiting requests than credit; then to the broker with the least credit,
-        and among equals to the one that used it last, which will likely need it again."""
+        and among equals to the one that spent some last, since it will probably need it again."""
         open_ = self._open()
         free = slots - sum(account.unused for account in open_)
         for _ in range(free if open_ else 0):
@@ -110,7 +110,7 @@ class CreditPool:
         return covered
 
     def heard(self, account: Account, waiting: int, recalled: int, returned: int) -> None:
-        """A broker's HEARTBEAT. Raises `ProtocolError`."""
+        """Take the counts in a broker's HEARTBEAT. Raises `ProtocolError` if they make no sense."""
         account.waiting = waiting
         more = returned - account.returned
         if more > max(0, account.unused) or recalled > account.recalled:
@@ -123,8 +123,8 @@ class CreditPool:
         """Ask idle brokers for credit that others wait for, and all brokers for credit beyond
         `slots` (those that no request occupies): a relay's slots may have gone to others.
 
-        A broker is asked again only after it has answered; credit that it spent in the
-        meantime it keeps.
+        A broker is asked again only after it has answered; it keeps credit that it has spent in the
+        meantime.
         """
         if len(self._connections) == 1 and self._connections[0].credit.unused <= slots:
             return  # the common case, after every step of the engine

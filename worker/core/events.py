@@ -1,7 +1,8 @@
 """Events fed to the worker's core: what happened at sockets, engine and operator.
 
-Plain frozen values; the link and the tests make them, `session.WorkerCore.handle` reads them. Must
-never hold a socket or a file descriptor. A broker is named by its index in the list of brokers.
+Plain frozen values; the link and the tests make them, `session.WorkerCore.handle` reads them. A
+broker is identified by its index in the list of brokers. Must never hold a socket or a file
+descriptor.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The operating system or ZeroMQ reported the connection lost, or never made."""
+    """The operating system or ZeroMQ reported that the connection is lost, or was never made."""
 
     broker: int
     reason: str
@@ -36,7 +37,7 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
-    """A whole message came from a broker: header first."""
+    """A whole message came from a broker; its header is the first frame."""
 
     broker: int
     frames: tuple[bytes, ...]
@@ -63,7 +64,7 @@ class EngineLoading:
     #: 0 to 1, or None if unknown.
     progress: float | None
     note: str
-    #: It is loaded in place of another, while the worker serves on.
+    #: Whether a model is loaded on demand, while the worker keeps serving.
     on_demand: bool = False
 
 
@@ -76,15 +77,15 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class EngineChanged:
-    """The engine, still loaded, has different models or a different number of slots: a relay's are
-    those that are free on its lower bus."""
+    """The engine, still loaded, has different models or a different number of slots. A relay's
+    slots are those that are free on its lower bus."""
 
     capabilities: Capabilities
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRefused:
-    """A model or adapter that was to be loaded on demand cannot be; the worker serves on."""
+    """A model or adapter cannot be loaded on demand; the worker keeps serving."""
 
     model: str
     message: str
@@ -124,7 +125,7 @@ class StopRequested:
 
 @dataclass(frozen=True, slots=True)
 class EndKnown:
-    """When this worker will be gone, on the clock of `handle`; infinity: no end is known any
+    """When this worker will be gone, on the clock of `handle`; infinity if no end is known any
     more."""
 
     ends_s: float

@@ -1,6 +1,6 @@
 """Instructions of the worker's core, which the link carries out in order.
 
-Plain frozen values. Must never do anything by themselves.
+Plain frozen values. Must never have behaviour.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class CloseSocket:
     """Close the socket to this broker."""
 
     broker: int
-    #: Whether what was sent must go out first; otherwise it is dropped.
+    #: Whether messages already sent must leave first; otherwise they are dropped.
     linger: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a message, header first. Never blocks; messages that do not fit are kept in order."""
+    """Send a message, header first. Never blocks; messages that do not fit are queued in order."""
 
     broker: int
     frames: tuple[bytes, ...]
@@ -36,7 +36,8 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class EngineAdd:
-    """Give the engine a job; `body` is the client's `Request`, still encoded, and was checked."""
+    """Give the engine a job. `body` is the client's `Request`, already checked but still
+    encoded."""
 
     job_id: bytes
     body: bytes
@@ -52,7 +53,8 @@ class EngineCancel:
 
 @dataclass(frozen=True, slots=True)
 class EngineWindow:
-    """The client accepts tokens of this job below `limit`; only for an engine that waits for it."""
+    """The client accepts tokens of this job with offsets below `limit`. Only for an engine that
+    waits for the window."""
 
     job_id: bytes
     limit: int
@@ -60,8 +62,8 @@ class EngineWindow:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """Load a model in place of those that give way; an empty name: unload those, or without names
-    all."""
+    """Load a model in place of those in `gives_way`. If `model` is empty, only unload: those, or
+    all models if `gives_way` is empty."""
 
     model: str
     gives_way: tuple[str, ...] = ()

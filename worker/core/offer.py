@@ -20,7 +20,7 @@ class Offer:
     """What the engine can do, as it last reported."""
 
     def __init__(self, models: Sequence[str]) -> None:
-        """`models`: their names, as far as known before the engine is loaded."""
+        """`models`: the names known before the engine is loaded."""
         #: None while no engine is loaded.
         self.capabilities: Capabilities | None = None
         #: What it served last: the engine will serve it again once it is restarted.
@@ -29,10 +29,10 @@ class Offer:
         self._failed: tuple[FailedLoad, ...] = ()
         self._was_ready = False
         self._progress: float | None = None
-        #: A model is being loaded on demand, while the worker serves on.
+        #: Whether a model is being loaded on demand, while the worker keeps serving.
         self._loads = False
         self._note = ""
-        #: Why the latest load on demand failed; empty after one that did not.
+        #: Why the latest load on demand failed; empty if it succeeded.
         self._not_loaded = ""
 
     @property
@@ -43,23 +43,23 @@ class Offer:
     # --- what the engine says ---
 
     def loading(self, event: events.EngineLoading) -> None:
-        """It is (still) loading."""
+        """Note that the engine is (still) loading."""
         self._loads, self._not_loaded = event.on_demand, ""
         self._progress, self._note = event.progress, event.note
 
     def ready(self, capabilities: Capabilities) -> None:
-        """It is loaded, or has changed."""
+        """Note that the engine is loaded or has changed."""
         self.capabilities = capabilities
         self._last_models = list(capabilities.models)
         self._failed, self._was_ready = capabilities.failed, True
         self._loads, self._progress, self._note = False, None, ""
 
     def refused(self, model: str, message: str) -> None:
-        """A model could not be loaded on demand."""
+        """Note that a model could not be loaded on demand."""
         self._not_loaded = f"{model} was not loaded: {message}"
 
     def lost(self) -> None:
-        """The engine has died."""
+        """Note that the engine has died."""
         self.capabilities, self._progress, self._note = None, None, ""
 
     def given_up(self, cause: str) -> bool:
@@ -75,13 +75,13 @@ class Offer:
 
     @property
     def models(self) -> list[ModelInfo]:
-        """What it serves, or will once the engine is loaded."""
+        """The models that it serves, or will serve once the engine is loaded."""
         if self.capabilities is not None:
             return list(self.capabilities.models)
         return self._last_models
 
     def failed(self, now_s: float) -> list[FailedModel]:
-        """What it offered and cannot load."""
+        """The models that it offered but cannot load."""
         return [
             FailedModel(
                 name=one.name,
@@ -99,7 +99,7 @@ class Offer:
         return self._progress if loading or self._loads else None
 
     def note(self, *, loading: bool) -> str:
-        """What is being loaded, or what could not be."""
+        """What is being loaded, or what could not be loaded."""
         return self._note if loading or self._loads else self._not_loaded
 
     def refusal(self, worker: str, model: str) -> tuple[ErrorCode, str, bool] | None:

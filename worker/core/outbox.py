@@ -1,7 +1,7 @@
 """OUTPUT messages: one for each client session that has something to receive after an event.
 
 `streams.Route` gathers the events of a session; here they become messages, with a ledger for the
-broker where one is due. Knows nothing of requests. Must never touch a socket or a clock.
+broker if one is due. Knows nothing about requests. Must never touch a socket or a clock.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from worker.engines.events import FAIL
 
 _ARRAY_HEADER_BYTES = 5
 _encode = msgspec.msgpack.Encoder().encode
-"""For events and ledgers, which are plain values made here: the same bytes as `codec.pack`, four
-times as fast."""
+"""For events and ledgers, which are plain values made here: it produces the same bytes as
+`codec.pack`, four times as fast."""
 
 
 class Outbox:
@@ -39,7 +39,7 @@ class Outbox:
         return not self._touched
 
     def touch(self, route: Route) -> None:
-        """The route has something to send."""
+        """Note that the route has something to send."""
         if not route.touched:
             route.touched = True
             self._touched.append(route)
@@ -94,7 +94,7 @@ class Outbox:
         _, request_id, epoch, offset, *_ = event
         error = {
             "code": ErrorCode.TOO_LARGE.value,
-            "message": f"an event of {size} bytes of the answer exceeds the limit of "
+            "message": f"one event of the answer has {size} bytes, more than the limit of "
             f"{MAX_OUTPUT_BYTES}; ask for less at a time",
         }
         self._drop(request_id)

@@ -1,9 +1,9 @@
 """All requests that the worker runs or recently ran, and the messages about them.
 
-The table of streams and of the engine's jobs, their timers (time to live, grace period after a lost
-session, wait for the window, how long an answer is kept); `outbox` makes the OUTPUT messages that
-result from an event. Knows nothing of handshakes, credit or the engine process; instructions for
-the engine go into `out`. Must never touch a socket or a clock.
+Holds the table of streams and of the engine's jobs, and their timers (time to live, grace period
+after a lost session, wait for the window, how long an answer is kept); `outbox` makes the OUTPUT
+messages that result from an event. Knows nothing about handshakes, credit or the engine process;
+instructions for the engine go into `out`. Must never touch a socket or a clock.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Timer(IntEnum):
 
 
 class Requests:
-    """The worker's requests, from ASSIGN until nobody can ask for them any more."""
+    """The worker's requests, from ASSIGN until nobody can resume them any more."""
 
     def __init__(
         self,
@@ -55,18 +55,18 @@ class Requests:
         self._grace_s = grace_s
         self._kept_s = kept_s
         self._window_wait_s = window_wait_s
-        #: Whether the engine generates no further than the client's window and must be told of it.
+        #: Whether the engine generates only up to the client's window and must be told about it.
         self._tell_windows = tell_windows
         #: Instructions of the current call; replaced by the core for each event.
         self.out: list[Instruction] = []
         #: By request id: running requests, and ended ones that can still be resumed.
         self.streams: dict[bytes, Stream] = {}
         #: By job id: everything that the engine still has. A job occupies a slot unless it is in
-        #: `_slotless`: then it was cancelled or started again, and the slot is the next job's.
+        #: `_slotless`: then it was cancelled or started again, and its slot belongs to the next.
         self._jobs: dict[bytes, Stream] = {}
         self._slotless: set[bytes] = set()
-        #: Models whose engine stops a request at its next step, however long that runs: all but
-        #: those that it runs one at a time.
+        #: Models whose requests the engine can stop at its next step, however long they are: all
+        #: but those that it runs one at a time.
         self.batched: frozenset[str] = frozenset()
         #: Ended requests in the order of their end, with their size.
         self._kept: dict[bytes, int] = {}
@@ -91,7 +91,7 @@ class Requests:
 
     @property
     def unfinished(self) -> bool:
-        """Whether something runs, or has an end that was not sent yet to a waiting client."""
+        """Whether a request runs, or its end has not been sent to a waiting client yet."""
         return bool(self._jobs) or any(s.route is not None for s in self.streams.values())
 
     def holds(self) -> list[Held]:
@@ -103,11 +103,11 @@ class Requests:
         ]
 
     def orphans(self) -> int:
-        """Running requests without a session."""
+        """Number of running requests without a session."""
         return sum(s.orphaned_s is not None and s.running for s in self.streams.values())
 
     def invariants(self) -> None:
-        """Raise AssertionError where the state contradicts itself."""
+        """Raise AssertionError if the state contradicts itself."""
         assert self._slotless <= self._jobs.keys(), "a slotless job that the engine does not have"
         assert self._outbox.empty, "output that was never sent"
         assert self._kept_bytes == sum(self._kept.values()), "bytes kept are miscounted"
@@ -162,11 +162,11 @@ class Requests:
                 if since_s + self._window_wait_s > when_s:
                     self._watch_window(stream, since_s)
                     return
-                message = f"the client took no token for {self._window_wait_s:g} s"
+                message = f"the client read no tokens for {self._window_wait_s:g} s"
                 self._fail(stream, ErrorCode.SLOW_CONSUMER, message, now_s)
             case _Timer.KEPT:
-                # An answer that is still being read, however slowly, is kept; only the window's
-                # timer may end it.
+                # An answer that is still being read, however slowly, is kept; only the window timer
+                # may end it.
                 if (
                     not stream.running
                     and stream.route is None
@@ -210,10 +210,10 @@ class Requests:
         request: Request,
         now_s: float,
     ) -> bool:
-        """Send a request held here to the client that asks for it, from the requested offset.
+        """Send a request held here to the client that resumes it, from the requested offset.
 
-        False if it cannot be continued for this client (which has different tokens); the caller
-        then starts it again. SPEC.md section 6.4.
+        False if it cannot be continued for this client, which has different tokens; the caller then
+        starts it again (SPEC.md section 6.4).
         """
         resume = request.resume or _EMPTY_RESUME
         if not stream.holds(resume.token_ids, resume.text_characters):
@@ -261,14 +261,14 @@ class Requests:
             self._tell_over(old.connection, stream.request_id)
 
     def _tell_over(self, connection: Connection, request_id: bytes) -> None:
-        """Tell a broker that nothing more will come of this request here, so that it does not wait
-        for its end."""
+        """Tell a broker that it will get nothing more of this request from here, so that it does
+        not wait for its end."""
         connection.silent.finished.append((request_id, "cancelled"))
         self._outbox.touch(connection.silent)
 
     def renounce(self, connection: Connection, stream: Stream) -> bool:
-        """Give up a held request, since it cannot be continued for its client. True if a new run
-        takes its place and slot; False if it had already ended."""
+        """Give up a held request that cannot be continued for its client. True if a new run takes
+        its place and slot; False if it had already ended."""
         self._leave_broker(connection, stream)
         connection.held.discard(stream.request_id)  # for this broker the request continues
         if not stream.running:
@@ -279,8 +279,8 @@ class Requests:
         return True
 
     def drop_cancelled(self, connection: Connection, stream: Stream) -> None:
-        """Forget a run that the broker cancelled because it moved; the engine's job keeps its slot
-        until it is over. Every CANCEL is answered, so this one is too."""
+        """Forget a run that the broker cancelled because the request moved; the engine's job keeps
+        its slot until it is over. This CANCEL is answered like any other."""
         if stream.running:
             stream.end = (END, "cancelled", "", {}, {})
         if not stream.end_sent:
@@ -290,14 +290,14 @@ class Requests:
         self.forget(stream)
 
     def abandon(self, stream: Stream) -> None:
-        """Stop a running request about which nothing more will be sent."""
+        """Stop a running request for which nothing more will be sent."""
         self.out.append(EngineCancel(stream.job_id))
         stream.end = (END, "cancelled", "", {}, {})
         self._tell_holders(stream, "cancelled")
         self.forget(stream)
 
     def _tell_holders(self, stream: Stream, outcome: str) -> None:
-        """Tell brokers that know from HELLO that it is held, and wait for its client, that
+        """Tell the brokers that know from HELLO that it is held, and that wait for its client, that
         it is over."""
         for connection in self._connections:
             if connection.open and stream.request_id in connection.held:
@@ -306,8 +306,8 @@ class Requests:
                 self._outbox.touch(connection.silent)
 
     def tell_ended(self, connection: Connection) -> None:
-        """The session began: requests that HELLO named as running may have ended in the
-        meantime."""
+        """Tell a broker whose session has just begun which requests that HELLO named as running
+        have ended in the meantime."""
         for request_id in sorted(connection.held):
             stream = self.streams.get(request_id)
             if stream is None or stream.end is not None:
@@ -316,13 +316,13 @@ class Requests:
                 self._outbox.touch(connection.silent)
 
     def forget(self, stream: Stream) -> None:
-        """Drop what is kept of a request; the engine may still have its job for a moment."""
+        """Drop all that is kept of a request; the engine may still have its job for a moment."""
         stream.detach()
         del self.streams[stream.request_id]
         self._kept_bytes -= self._kept.pop(stream.request_id, 0)
 
     def orphan(self, connection: Connection, now_s: float) -> None:
-        """The session is over: its requests keep running for the grace period."""
+        """Detach the requests of a lost session, which keep running for the grace period."""
         for stream in self.streams.values():
             if stream.route is not None and stream.route.connection is connection:
                 stream.detach()
@@ -335,7 +335,7 @@ class Requests:
         self._outbox.session_over(connection)
 
     def engine_lost(self) -> None:
-        """Running requests are lost; ended ones can still be resumed."""
+        """Forget running requests, which are lost; ended ones can still be resumed."""
         for stream in list(self.streams.values()):
             if stream.running:
                 stream.detach()
@@ -365,7 +365,7 @@ class Requests:
 
         A request that nobody receives any more is dropped: the broker knows that it runs elsewhere,
         or that its client will not come back. A CANCEL from another broker stops nothing, since the
-        request moved away from there; that broker is told that it need not wait.
+        request has moved away from it; that broker is told not to wait.
         """
         stream = self.streams.get(request_id)
         route = stream.route if stream is not None else None
@@ -383,8 +383,8 @@ class Requests:
                 stream.cancelled = True
                 self.out.append(EngineCancel(stream.job_id))
                 if stream.model in self.batched:
-                    # The engine stops it at its next step; the request that takes its place
-                    # arrives by then, and waits there for the memory.
+                    # The engine stops it at its next step; the request that takes its place arrives
+                    # before that, and waits in the engine for the memory.
                     self._slotless.add(stream.job_id)
         elif not stream.end_sent and stream.end is not None:
             # It ended, but the window holds the rest back, which nobody wants any more.
@@ -414,7 +414,7 @@ class Requests:
     def _end(self, stream: Stream, end: tuple[Any, ...], now_s: float) -> None:
         """The answer is complete: send it as far as the window allows, and keep it for a while."""
         if stream.cancelled and len(stream.token_ids) > stream.window:
-            # The rest would wait for a window that nobody will open any more.
+            # The rest would wait for a window that nobody will widen any more.
             stream.cut()
             end = (END, "cancelled", "", _usage(end), {})
         stream.end = end
@@ -431,20 +431,20 @@ class Requests:
             self._release(self._least_needed())
 
     def _keep_from(self, stream: Stream, now_s: float) -> None:
-        """Keep an ended request that nobody receives now for a while, for a RESUME."""
+        """Keep an ended request that nobody receives at present, in case of a RESUME."""
         stream.kept_since_s = now_s
         self._at(now_s + self._kept_s, _Timer.KEPT, stream)
 
     def _least_needed(self) -> Stream:
-        """The ended request to give up first: the oldest that nobody receives,
-        otherwise the oldest."""
+        """The ended request to give up first: the oldest that nobody receives, otherwise the
+        oldest."""
         alone = (id_ for id_ in self._kept if self.streams[id_].route is None)
         return self.streams[next(alone, None) or next(iter(self._kept))]
 
     def _release(self, stream: Stream) -> None:
         """Stop keeping an ended request; if a client still waits for the rest, tell it."""
         if stream.route is not None:
-            message = "the client took the answer's tokens too slowly for them to be kept"
+            message = "the client read the answer too slowly for its tokens to be kept"
             stream.cut()
             stream.end = (FAIL, {"code": ErrorCode.SLOW_CONSUMER.value, "message": message}, {})
             # One last event, even if the socket accepts no more for now: the link keeps it.
@@ -553,7 +553,7 @@ class Requests:
             self._at(since_s + self._window_wait_s, _Timer.WINDOW, stream)
 
     def unblocked(self, connection: Connection, now_s: float) -> None:
-        """The socket accepts messages again: catch up, with as few events per stream as
+        """Catch up after the socket accepts messages again, with as few events per stream as
         possible."""
         for stream in list(self.streams.values()):
             if stream.route is not None and stream.route.connection is connection:

@@ -1,10 +1,10 @@
 """The worker's side of the bus, sans-IO: engine state, credit, drain and every broker's session.
 
 `WorkerCore.handle(event, now_s)` takes an event and returns instructions. One core serves several
-brokers from one pool of slots. The main path: ASSIGN makes a stream and a job of the engine
-(`requests`); each step of the engine leaves as one OUTPUT per client session; the end of a job
+brokers from one pool of slots. The main path: ASSIGN makes a stream and a job for the engine
+(`requests`); each step of the engine is sent as one OUTPUT per client session; the end of a job
 frees its slot, which is granted again (SPEC.md sections 6 and 7). Requests outlive sessions: those
-of a lost session keep running for the grace period, and whoever resumes one gets it from the
+of a lost session keep running for the grace period, and a client that resumes one gets it from the
 requested offset. Must never touch a socket, a clock, a process or a log.
 """
 
@@ -86,7 +86,7 @@ class WorkerCore:
         self._credit = CreditPool(self._connections)
         # Stopping.
         self._drain_until_s = math.inf
-        #: When it must have left, and why; infinity: no end is known.
+        #: When the worker must have left, and why; infinity: no end is known.
         self._ends_s = math.inf
         self._end_why = ""
         self._exited = False
@@ -98,7 +98,7 @@ class WorkerCore:
     # --- interface --------------------------------------------------------------------------------
 
     def handle(self, event: events.Event, now_s: float) -> list[Instruction]:
-        """Take an event; return what is to be done, in order."""
+        """Take an event; returns instructions, to be carried out in order."""
         if self._exited:
             return []
         out: list[Instruction] = []
@@ -168,12 +168,11 @@ class WorkerCore:
         return self._offer.capacity
 
     def invariants(self) -> None:
-        """Raise AssertionError where the state contradicts itself."""
+        """Raise AssertionError if the state contradicts itself."""
         self._requests.invariants()
         unused = sum(c.credit.unused for c in self._connections if c.open)
-        fixed = (
-            not self._settings.relay
-        )  # a relay may for a moment have granted slots that it just lost to others
+        # A relay may for a moment have granted slots that it has just lost to others.
+        fixed = not self._settings.relay
         loaded = self._offer.capabilities is not None
         if fixed and loaded and self._state is not WorkerState.LOADING:
             assert self.running + unused <= self.capacity, (
@@ -189,9 +188,8 @@ class WorkerCore:
     def _tick(self, now_s: float) -> None:
         late_s = now_s - self._tick_due_s
         if late_s > 1.0:
-            self._mark_s += (
-                late_s  # this process was suspended, so it did not see the engine's steps
-            )
+            # This process was suspended, so it did not see the engine's steps.
+            self._mark_s += late_s
         for connection in self._connections:
             self._tick_connection(connection, now_s)
         self._requests.tick(now_s)
@@ -200,7 +198,7 @@ class WorkerCore:
             self._out.append(RestartEngine(message))
             self._engine_lost("stalled", message, now_s)
         if now_s >= self._leaves_s():
-            over = "the time for draining is over"
+            over = "the time allowed for draining is over"
             why = over if now_s >= self._drain_until_s else self._end_why
             self._leave("drained", why, 0, now_s)
 
@@ -243,7 +241,7 @@ class WorkerCore:
         self._out.append(Send(connection.index, connection.greet(hello, now_s)))
 
     def _lose(self, connection: Connection, ended: Ended, now_s: float) -> None:
-        """The session, or the attempt to open one, is over; its requests live on."""
+        """End a session, or an attempt to open one; its requests live on."""
         was_open = connection.open
         self._out.append(CloseSocket(connection.index))
         self._requests.orphan(connection, now_s)
@@ -264,7 +262,7 @@ class WorkerCore:
         connection.told_absent = True
 
     def _part(self, connection: Connection, reason: str, message: str, now_s: float) -> None:
-        """Say goodbye, if there is a session."""
+        """Send BYE, if there is a session."""
         if connection.open:
             self._requests.flush(now_s)
             goodbye = connection.goodbye(reason, message, now_s)
@@ -386,7 +384,8 @@ class WorkerCore:
             request = codec.decode(Request, body, MAX_REQUEST_BYTES)
             if len(request.attachments) != len(attachments):
                 raise ProtocolError(
-                    f"{len(attachments)} attachments came, {len(request.attachments)} are described"
+                    f"the request describes {len(request.attachments)} attachments, but "
+                    f"{len(attachments)} came"
                 )
         except ProtocolError as error:
             code = ErrorCode.INVALID_REQUEST
@@ -397,7 +396,7 @@ class WorkerCore:
         renounced = False
         if stream is not None:
             if assign.epoch < stream.epoch:
-                message = "a later epoch of the request runs here already"
+                message = "a later epoch of the request is already running here"
                 self._reject(connection, request_id, ErrorCode.DUPLICATE_REQUEST, message, now_s)
                 return
             if stream.cancelled:
@@ -433,7 +432,7 @@ class WorkerCore:
         if refusal is not None:
             return refusal
         if beyond:
-            return ErrorCode.OVERLOADED, f"worker {name} granted no slot for this", True
+            return ErrorCode.OVERLOADED, f"worker {name} granted no slot for this request", True
         return None
 
     def _reject(
@@ -445,7 +444,7 @@ class WorkerCore:
         now_s: float,
         retryable: bool = False,
     ) -> None:
-        """Send REJECT, which gives the credit back at once if there is a slot for it."""
+        """Send REJECT, which also returns the credit at once if there is a slot for it."""
         self._distribute(now_s)
         error = ErrorInfo(code=code.value, message=message, retryable=retryable)
         reject = Reject(error=error, granted=connection.credit.announce())
@@ -492,7 +491,7 @@ class WorkerCore:
                 self._beat(connection, now_s)
 
     def _engine_lost(self, reason: str, message: str, now_s: float) -> None:
-        """Tell all brokers: running requests are lost, ended ones can still be resumed."""
+        """Leave all brokers: running requests are lost, ended ones can still be resumed."""
         self._requests.engine_lost()
         self._offer.lost()
         self._metrics = {}
@@ -521,17 +520,17 @@ class WorkerCore:
         fields: dict[str, Any] = {"cause": why}
         if known:
             fields["in_s"] = round(ends_s - now_s, 1)
-        self._out.append(Log("end known" if known else "no end known any more", fields))
+        self._out.append(Log("end known" if known else "end no longer known", fields))
         for connection in self._connections:
             if connection.open:
                 self._beat(connection, now_s)
 
     def _gone_s(self) -> float:
-        """When it will be gone, as far as that is known."""
+        """When the worker will be gone, as far as is known."""
         return min(self._ends_s, self._drain_until_s)
 
     def _leaves_s(self) -> float:
-        """When it leaves by itself. A relay stays: other workers may come to its bus."""
+        """When the worker leaves by itself. A relay stays: other workers may join its bus."""
         return self._drain_until_s if self._settings.relay else self._gone_s()
 
     def _ends_in_ms(self, now_s: float) -> int | None:
@@ -554,7 +553,7 @@ class WorkerCore:
                     "cause": reason,
                     "running": self.running,
                     "within_s": drain_s,
-                    "hint": "a second signal does not wait",
+                    "hint": "a second signal ends it at once",
                 },
             )
         )

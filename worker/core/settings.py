@@ -1,4 +1,4 @@
-"""The options of a worker that its core needs. Values only."""
+"""The options of a worker that its core needs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The worker's options as far as the core needs them."""
+    """The options of a worker that its core needs."""
 
-    #: The worker's name at the brokers; unique, because clients list the names of
-    #: workers that died.
+    #: The worker's name at the brokers; unique, because clients list the names of workers that
+    #: died.
     name: str
     #: Addresses of the brokers, for logs; the index identifies the broker.
     brokers: tuple[str, ...]
-    #: Names of the models, as far as known before the engine is loaded.
+    #: Names of the models that are known before the engine is loaded.
     models: tuple[str, ...] = ()
     #: 16 random bytes that distinguish this process from another worker with the same name.
     instance: bytes | None = None
@@ -36,6 +36,6 @@ class Settings:
     stall_s: float = 120.0
     #: Whether the brokers may ask for models to be loaded and unloaded.
     on_demand: bool = False
-    #: Whether the engine is another bus (a relay), whose slots others use too: their number varies,
-    #: and it is told of windows.
+    #: Whether the engine is another bus (a relay). Others use its slots too, so their number
+    #: varies, and it must be told about windows.
     relay: bool = False

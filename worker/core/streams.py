@@ -1,8 +1,8 @@
 """One request at the worker: what was generated, what was sent, and to whom.
 
-A `Stream` keeps every token, piece of text and log probability of an answer, so that it can be sent
-again from any offset (SPEC.md section 6.4), and sends no token past the client's window (6.3). A
-`Route` gathers the events of one client session. Must never know of credit, timers or sockets.
+A `Stream` keeps every token, piece of text and logprob of an answer, so that it can be sent again
+from any offset (SPEC.md section 6.4), and sends no token past the client's window (6.3). A `Route`
+gathers the events of one client session. Must never know about credit, timers or sockets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RUNS: Final = (CONTENT, PieceKind.REASONING.value, PieceKind.ARGUMENTS.value)
 COALESCED_TOKENS: Final = 4096
 """Longest TOKENS event made when catching up: far below MAX_OUTPUT_BYTES at 5 bytes per token."""
 COALESCED_LOGPROBS: Final = 256
-"""The same with log probabilities: about 1 KiB for each token with 20 alternatives."""
+"""The same with logprobs, which take about 1 KiB for each token with 20 alternatives."""
 
 
 class Route:
@@ -53,13 +53,13 @@ class Route:
         self.batch = 0
         self.started: list[bytes] = []
         self.finished: list[Any] = []
-        #: Streams that use the route; it is forgotten with the last one.
+        #: Number of streams that use the route; unused ones are dropped from time to time.
         self.streams = 0
         #: Whether it is in the list of routes to be sent to.
         self.touched = False
 
     def clear(self) -> None:
-        """The message was sent, or will never be."""
+        """Begin a new message: the last one was sent, or never will be."""
         self.events = []
         self.batch += 1
         self.started = []
@@ -124,21 +124,21 @@ class Stream:
         self.interval = interval
         #: The answer's tokens, including those that came with a RESUME.
         self.token_ids: list[int] = list(prior_token_ids)
-        #: Texts as the engine returned them, and the token count at which each was complete. If the
-        #: answer is split into pieces, a text is a list of them: [kind, text].
+        #: Texts as the engine returned them, and the number of tokens with which each was complete.
+        #: If the answer is split into pieces, a text is a list of [kind, text].
         self.texts: list[Any] = []
         self.ends: list[int] = []
         self.split = False
         #: One entry for each token from `base_tokens` on, or None if not requested.
         self.logprobs: list[Any] | None = None
-        #: Number of tokens that another worker generated; their text is not here.
+        #: Number of tokens that another worker generated; their text is not kept here.
         self.base_tokens = len(prior_token_ids)
         self.base_characters = prior_characters
         #: The PROMPT event's fields after the offset.
         self.prompt: tuple[Any, ...] | None = None
         #: The END or FAIL event's fields after the offset, tag first; None while it runs.
         self.end: tuple[Any, ...] | None = None
-        #: When it ended unread, or lost its reader after its end; the retention period starts here.
+        #: When it ended unread, or lost its reader after its end; the time it is kept begins then.
         self.kept_since_s = 0.0
         #: Whether the engine still has the job, so that it still occupies a slot.
         self.in_engine = True
@@ -155,17 +155,17 @@ class Stream:
         self.sent = self.base_tokens
         self.piece = 0
         self.skip = 0
-        #: Whether pieces were sent: the first text of a split answer shows that it is split.
+        #: Whether pieces were sent; the first text of a split answer must show that it is split.
         self.shows_kinds = False
         #: Token offset at which the current epoch began.
         self.attached_at = self.base_tokens
         self.prompt_sent = False
         self.started = False
         self.end_sent = False
-        #: Whether tokens that are sent together may be one event.
+        #: Whether tokens of several steps may be sent as one event.
         self.joins = True
-        #: Its latest event without pieces or log probabilities, and the batch of its route with
-        #: which that goes: until then more tokens can join it.
+        #: Its latest event without pieces or logprobs, and the `batch` of its route in which that
+        #: is sent: until then more tokens can join it.
         self.unsent: list[Any] | None = None
         self.unsent_batch = 0
         #: When its time to live ends.
@@ -260,8 +260,8 @@ class Stream:
     def _text_until(
         self, token_count: int, rest: str = "", rest_pieces: list[Any] | None = None
     ) -> tuple[str, list[Any] | None]:
-        """Unsent text that was complete with the first `token_count` tokens, and `rest`: its
-        content, and all of it in pieces if the answer is split. It then counts as sent."""
+        """Take the unsent text that was complete with the first `token_count` tokens, and `rest`:
+        its content, and all of it in pieces if the answer is split."""
         first = self.piece
         last = first
         ends = self.ends

@@ -1,6 +1,7 @@
 """The demo model before training: its tokenizer, processor and architecture.
 
-A LLaVA in small: a CLIP tower, a Llama, one patch per cell of an image's grid. `train` teaches it.
+A small LLaVA: a CLIP tower and a Llama, with one patch per cell of an image's grid. `train` trains
+it.
 """
 
 import os
@@ -33,7 +34,7 @@ __all__ = [
     "build_tokenizer",
 ]
 
-# Only half of its classes are typed; as Any, no call below needs an ignore.
+# Only half of its classes are typed; as Any, the calls below need no `type: ignore`.
 hf: Any = transformers
 
 # One patch for each cell of the grid: nine tokens per image keep prompts short and fast.
@@ -52,8 +53,8 @@ SPECIAL_TOKENS = (
 )
 PAD, BOS, END, SYSTEM, USER, ASSISTANT, IMAGE = range(len(SPECIAL_TOKENS))
 # Images are numbered over the whole conversation, which makes "the second image" easy to find.
-# As in the template of LLaVA itself, a message's images come before its text wherever they
-# stood: a question is easier to answer for a model that has seen the images when it reads it.
+# As in LLaVA's own template, a message's images come before its text, wherever they stood: a model
+# answers a question more easily if it has seen the images before it reads the question.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set pictures = namespace(count=0) %}"
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -79,7 +80,7 @@ SYSTEM_PROMPTS = (
 TEXT_WIDTH, TEXT_INNER, TEXT_LAYERS, TEXT_HEADS = 128, 384, 4, 4
 TOWER_WIDTH, TOWER_INNER, TOWER_LAYERS, TOWER_HEADS = 128, 384, 3, 4
 
-# About one over the root of the width; the usual 0.02 is meant for models far wider than this.
+# About one over the square root of the width; the usual 0.02 is meant for much wider models.
 INITIAL_SPREAD = 0.06
 
 

@@ -1,7 +1,7 @@
 """Measure the demo model: exact answers on held-out images, by kind of question.
 
-It takes the same path as any user of the model (image, AutoProcessor, generate, greedy) and must
-never touch the network or reach into the training code, so a figure it prints is what a user gets.
+It takes the same path as any user of the model (image, AutoProcessor, greedy generate), so that a
+figure it prints is what a user gets. Must never touch the network or use the training code.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from worker.demo.pictures import KINDS, held_out
 
 __all__ = ["FORMATS", "Tally", "count_right", "load", "main", "report"]
 
-# Only half of its classes are typed; as Any, no call below needs an ignore.
+# Only half of its classes are typed; as Any, the calls below need no `type: ignore`.
 hf: Any = transformers
 
-# How the weights are held while measuring; the last two need bitsandbytes.
+# Number formats of the weights while measuring; the last two need bitsandbytes.
 FORMATS = ("float32", "bfloat16", "int8", "nf4")
 # The longest answer in the training data has fewer than 100 tokens.
 LONGEST_ANSWER_TOKENS = 128
@@ -37,7 +37,7 @@ BATCH_SIZE = 32
 
 @dataclass(slots=True)
 class Tally:
-    """Right answers among all answers of one kind, with a few of the wrong ones."""
+    """Right answers among all answers of one kind, and the wrong ones."""
 
     right: int = 0
     total: int = 0
@@ -75,14 +75,14 @@ def count_right(
     Cases are batched with others of the same prompt length, so that no padding is needed.
     """
     batches: dict[tuple[int, int], list[_Prepared]] = defaultdict(list)
-    for pictures, question, answer, kind in cases:
-        parts: list[dict[str, str]] = [{"type": "image"} for _ in pictures]
+    for images, question, answer, kind in cases:
+        parts: list[dict[str, str]] = [{"type": "image"} for _ in images]
         parts.append({"type": "text", "text": question})
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
         )
-        inputs = processor(text=prompt, images=pictures or None, return_tensors="pt")
-        key = (inputs["input_ids"].shape[1], len(pictures))
+        inputs = processor(text=prompt, images=images or None, return_tensors="pt")
+        key = (inputs["input_ids"].shape[1], len(images))
         batches[key].append((inputs, question, answer, kind))
     tallies: dict[str, Tally] = {}
     for (prompt_length, _), batch in batches.items():
@@ -106,7 +106,7 @@ def count_right(
                 if text_said == answer:
                     tally.right += 1
                 elif tally.wrong is not None:
-                    tally.wrong.append(f"{question} -> {text_said!r}, right is {answer!r}")
+                    tally.wrong.append(f"{question} -> {text_said!r}, expected {answer!r}")
     return tallies
 
 
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line `python -m worker.demo.evaluate`."""
     parser = argparse.ArgumentParser(
         prog="python -m worker.demo.evaluate",
-        description="Ask the demo model about pictures it has never seen and count exact answers.",
+        description="Ask the demo model about images it has never seen and count exact answers.",
     )
     parser.add_argument(
         "--model", type=Path, default=model_path(), metavar="DIR", help="default: the bundled one"
@@ -137,7 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", type=int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument("--seed", type=int, default=1, help="seed of the held-out set; default: 1")
     parser.add_argument(
-        "--weights", choices=FORMATS, default="float32", help="how weights are held; float32"
+        "--weights",
+        choices=FORMATS,
+        default="float32",
+        help="number format of the weights; default: float32",
     )
     parser.add_argument(
         "--show-wrong", type=int, default=0, metavar="N", help="print N wrong answers of each kind"

@@ -1,8 +1,8 @@
-"""Images of coloured shapes, and questions about them with their only right answer.
+"""Images of coloured shapes, and questions about them that have exactly one right answer.
 
-One job: turn a `random.Random` into images, questions and answers, the same ones for the same
-generator state. It serves training, measuring and the example of `client demo` alike, so it must
-never import torch or transformers, read a file or draw from global randomness.
+Turns a `random.Random` into images, questions and answers, the same ones for the same generator
+state. Used for training, measuring and the example of `client demo`: must never import torch or
+transformers, read a file or draw from global randomness.
 
 A scene is a few items in the cells of a three by three grid. `ask` words one question of a given
 kind about zero, one or several scenes; `render` draws a scene.
@@ -146,12 +146,12 @@ class Item:
         return PLACES[self.row][self.column]
 
 
-# Items in reading order, no two of them alike in both colour and shape.
+# Items in reading order; no two have the same colour and shape.
 Scene = tuple[Item, ...]
 
 
 def make_scene(rng: random.Random, item_count: int | None = None) -> Scene:
-    """Draw a scene of `item_count` items, or of one to four when not told."""
+    """Draw a random scene of `item_count` items, or of one to four if that is None."""
     count = item_count or rng.choices((1, 2, 3, 4), (35, 35, 20, 10))[0]
     cells = rng.sample([(row, column) for row in range(GRID) for column in range(GRID)], count)
     names: set[tuple[str, str]] = set()
@@ -165,11 +165,12 @@ def make_scene(rng: random.Random, item_count: int | None = None) -> Scene:
 
 
 def render(scene: Scene, rng: random.Random, side_px: int = 192) -> Image.Image:
-    """Draw a scene on a light page; sizes, places in the cell and tints vary with `rng`."""
+    """Draw a scene on a light background; sizes, positions in the cell and tints vary with
+    `rng`."""
     grey = rng.randint(228, 255)
     page = tuple(min(255, grey + rng.randint(-6, 6)) for _ in range(3))
-    picture = Image.new("RGB", (side_px, side_px), page)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side_px, side_px), page)
+    draw = ImageDraw.Draw(image)
     cell_px = side_px / GRID
     for item in scene:
         radius = rng.uniform(0.27, 0.42)
@@ -181,7 +182,7 @@ def render(scene: Scene, rng: random.Random, side_px: int = 192) -> Image.Image:
             max(0, min(255, level + rng.randint(-14, 14))) for level in COLOURS[item.colour]
         )
         _draw_shape(draw, item.shape, x, y, radius * cell_px, tint)
-    return picture
+    return image
 
 
 def _draw_shape(
@@ -207,7 +208,7 @@ def _draw_shape(
             draw.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
             draw.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
         case _:
-            raise ValueError(f"no such shape: {shape!r}; known are {', '.join(SHAPES)}")
+            raise ValueError(f"no such shape: {shape!r}; choose one of {', '.join(SHAPES)}")
 
 
 def _a(name: str) -> str:
@@ -228,7 +229,7 @@ def _there_are(count: int, one: str, many: str) -> str:
     return f"There is one {one}." if count == 1 else f"There are {NUMBERS[count]} {many}."
 
 
-# A question and its answer, or None where the scenes allow no such question.
+# A question and its answer, or None if the scenes allow no such question.
 _Asked = tuple[str, str] | None
 
 
@@ -396,24 +397,25 @@ _ASKERS: dict[str, Callable[[random.Random, Sequence[Scene]], _Asked]] = {
     "no picture": _ask_no_picture,
 }
 # Kinds by the number of images they need, with their share of a held-out set in percent.
-_ONE_PICTURE = {"describe": 14, "count": 9, "colour": 9, "shape": 9, "where": 9, "exists": 9}
-_SEVERAL_PICTURES = {"nth image": 9, "which image": 8, "each image": 7, "how many images": 1}
-_NO_PICTURES = {"sum": 4, "day": 3, "count to": 3, "chat": 4, "no picture": 2}
-_SHARES = {**_ONE_PICTURE, **_SEVERAL_PICTURES, **_NO_PICTURES}
+_ONE_IMAGE = {"describe": 14, "count": 9, "colour": 9, "shape": 9, "where": 9, "exists": 9}
+_SEVERAL_IMAGES = {"nth image": 9, "which image": 8, "each image": 7, "how many images": 1}
+_NO_IMAGES = {"sum": 4, "day": 3, "count to": 3, "chat": 4, "no picture": 2}
+_SHARES = {**_ONE_IMAGE, **_SEVERAL_IMAGES, **_NO_IMAGES}
 KINDS = tuple(_SHARES)
 # How many images a question of each kind may come with.
 IMAGE_COUNTS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(_ONE_PICTURE, (1,)),
-    **dict.fromkeys(_SEVERAL_PICTURES, (2, 3)),
-    **dict.fromkeys(_NO_PICTURES, (0,)),
+    **dict.fromkeys(_ONE_IMAGE, (1,)),
+    **dict.fromkeys(_SEVERAL_IMAGES, (2, 3)),
+    **dict.fromkeys(_NO_IMAGES, (0,)),
 }
 
 
 def ask(rng: random.Random, scenes: Sequence[Scene], kind: str) -> tuple[str, str] | None:
     """Word a question of `kind` about `scenes`; return it with its answer.
 
-    The number of scenes must be one of `IMAGE_COUNTS[kind]`. None means that these scenes allow
-    no such question (every colour is there twice, say): try other scenes or another kind.
+    None means that these scenes allow no such question (every colour occurs twice, say): try other
+    scenes or another kind. Raises ValueError unless the number of scenes is in
+    `IMAGE_COUNTS[kind]`.
     """
     if len(scenes) not in IMAGE_COUNTS[kind]:
         raise ValueError(
@@ -423,28 +425,28 @@ def ask(rng: random.Random, scenes: Sequence[Scene], kind: str) -> tuple[str, st
 
 
 def held_out(count: int, seed: int) -> Iterator[tuple[list[Image.Image], str, str, str]]:
-    """Yield `count` cases as (images, question, answer, kind), the same ones for a seed.
+    """Yield `count` cases as (images, question, answer, kind), the same ones for the same seed.
 
-    Training draws its seeds as text (see `train`), so no integer seed repeats its images.
+    Training seeds its generators with text (see `train`), so no integer seed repeats its images.
     """
     rng = random.Random(seed)
     made = 0
     while made < count:
         kind = rng.choices(KINDS, tuple(_SHARES.values()))[0]
         choices = IMAGE_COUNTS[kind]
-        # Two images are the usual case of several; three are the rarer, harder one.
+        # Of questions with several images, most have two; three are rarer and harder.
         image_count = choices[0] if rng.random() < 0.7 else choices[-1]
         scenes = [make_scene(rng) for _ in range(image_count)]
         asked = ask(rng, scenes, kind)
         if asked is None:
             continue
         made += 1
-        pictures = [render(scene, rng, rng.choice((144, 192, 224, 320))) for scene in scenes]
-        yield pictures, *asked, kind
+        images = [render(scene, rng, rng.choice((144, 192, 224, 320))) for scene in scenes]
+        yield images, *asked, kind
 
 
 def example() -> tuple[Image.Image, str, str]:
-    """Return one fixed image with a question and the answer that is right."""
+    """Return one fixed image with a question and its right answer."""
     scene = (Item("red", "circle", 1, 0), Item("blue", "square", 1, 2))
     question, answer = DESCRIBE_QUESTIONS[0], _describe(scene)
     return render(scene, random.Random(0), 240), question, answer[0].upper() + answer[1:]

@@ -1,12 +1,12 @@
 """Train the demo model (`build`) from scratch: tokenizer, vision tower and language model.
 
-The job has two stages, as for any LLaVA. First the CLIP tower learns to see: small heads, thrown
-away afterwards, name colour and shape in every cell of the grid. Then the whole model learns to
-answer. Every image is drawn anew for its step and used once, so nothing can be memorised.
+There are two stages, as for any LLaVA. First the CLIP tower learns to see: small heads, thrown away
+afterwards, name colour and shape in every cell of the grid. Then the whole model learns to answer.
+Every image is drawn for one step and used once, so nothing can be memorised.
 
-This module builds its batches from token ids directly because that is fast; `evaluate` goes through
-the processor and thereby checks that both give the same prompts. It must never read the held-out
-images: all its randomness comes from generators seeded with text, `held_out` takes integers.
+Batches are built from token ids directly because that is fast; `evaluate` goes through the
+processor and thereby checks that both give the same prompts. Must never use the held-out images:
+all randomness here comes from generators seeded with text, while `held_out` takes integers.
 """
 
 import argparse
@@ -65,9 +65,9 @@ from worker.demo.pictures import (
 
 __all__ = ["main"]
 
-ONE_PICTURE_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (1,))
-SEVERAL_PICTURES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (2, 3))
-NO_PICTURES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (0,))
+ONE_IMAGE_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (1,))
+SEVERAL_IMAGES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (2, 3))
+NO_IMAGES_KINDS = tuple(kind for kind in KINDS if IMAGE_COUNTS[kind] == (0,))
 # Relative frequency of a kind among those with the same number of images; 1 if not listed.
 KIND_WEIGHTS = {
     "count": 2.0,
@@ -85,7 +85,7 @@ KIND_WEIGHTS = {
 
 @dataclass(slots=True)
 class Conversation:
-    """Token ids of a whole conversation, the positions of its answers, and its images."""
+    """Token ids of a whole conversation, the weight of each in the loss, and its images."""
 
     ids: list[int]
     # For each id, the weight of its loss: zero outside the answers.
@@ -111,24 +111,24 @@ class ConversationMaker:
         turns = [self._turn(kinds, scenes)]
         while len(turns) < 3 and rng.random() < 0.4:
             if rng.random() < 0.1:
-                # A change of subject; "no image" would be wrong if there is an image.
-                turns.append(self._turn([k for k in NO_PICTURES_KINDS if k != "no picture"], []))
+                # A change of subject; "no picture" would be wrong if there is an image.
+                turns.append(self._turn([k for k in NO_IMAGES_KINDS if k != "no picture"], []))
             else:
                 turns.append(self._turn(kinds, scenes))
         conversation = Conversation([BOS], [0.0], scenes)
         if rng.random() < 0.15:
             self._add(conversation, SYSTEM, self._encode(rng.choice(SYSTEM_PROMPTS)))
-        pictures: list[int] = []
+        image_ids: list[int] = []
         for number in range(1, image_count + 1):
-            pictures += [*self._encode(f"#{number}"), *[IMAGE] * IMAGE_TOKENS]
+            image_ids += [*self._encode(f"#{number}"), *[IMAGE] * IMAGE_TOKENS]
         for question, answer in turns:
             words = self._encode(self._loosen(question))
-            self._add(conversation, USER, [*pictures, *words])
+            self._add(conversation, USER, [*image_ids, *words])
             # A compromise between a mean over tokens, in which short answers hardly count, and a
             # mean over answers, with which the end of a long answer is never learned.
             answer_ids = self._encode(answer)
             self._add(conversation, ASSISTANT, answer_ids, (len(answer_ids) + 1) ** -0.5)
-            pictures = []
+            image_ids = []
         return conversation
 
     def _turn(self, kinds: Sequence[str], scenes: Sequence[Scene]) -> tuple[str, str]:
@@ -156,14 +156,15 @@ class ConversationMaker:
 
 
 def draw(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
-    """Draw scenes as the image processor would pass them to the tower."""
-    pictures = [
+    """Draw scenes as the image processor would pass them to the tower: float32 [N, 3, side, side],
+    -1 to 1."""
+    images = [
         render(scene, rng, rng.choice((144, 144, 192, 288))).resize(
             (SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC
         )
         for scene in scenes
     ]
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -198,12 +199,13 @@ class CellHeads(nn.Module):
 
 
 def _up_to(count: int, multiple: int) -> int:
-    """Round up. Every new matrix shape costs oneDNN a compilation, so shapes must be few."""
+    """Round up to a multiple. oneDNN compiles for every new matrix shape, so shapes must be few."""
     return -(-count // multiple) * multiple
 
 
 def see(model: Any, pixels: Tensor) -> Tensor:
-    """Return the tower's features of each patch, without the class token, as LLaVA takes them."""
+    """Return the tower's features [N, patches, width] as LLaVA takes them: without the class
+    token."""
     count = len(pixels)
     padded = functional.pad(pixels, (0, 0, 0, 0, 0, 0, 0, _up_to(count, 16) - count))
     features: Tensor = model.model.vision_tower(padded).last_hidden_state[:count, 1:]
@@ -223,7 +225,7 @@ def answer_loss(model: Any, batch: Sequence[Conversation], features: Tensor | No
         projected = model.model.multi_modal_projector(padded)[: len(features)]
         mask = (ids == IMAGE).unsqueeze(-1).expand_as(embeddings)
         embeddings = embeddings.masked_scatter(mask, projected.to(embeddings.dtype))
-    # No attention mask: attention is causal, so padding on the right is only seen by padding.
+    # No attention mask: attention is causal, so only padding attends to padding on the right.
     hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False)
     # Only the positions before an answer's tokens need logits.
     wanted = (weights[:, 1:] > 0).nonzero()
@@ -237,10 +239,10 @@ def answer_loss(model: Any, batch: Sequence[Conversation], features: Tensor | No
 
 @contextmanager
 def shaken(model: Any, strength: float) -> Iterator[None]:
-    """Temporarily add noise to the matrices, `strength` times their own spread.
+    """Temporarily add noise to the matrices, `strength` times their own standard deviation.
 
-    A model that still answers correctly also tolerates rounding to 8 or 4 bits, which is noise of
-    about a tenth of the spread.
+    A model that still answers correctly also tolerates rounding to 8 or 4 bits, which adds noise of
+    about a tenth of the standard deviation.
     """
     # The output layer is also the embedding, which is never rounded.
     inner = [
@@ -259,7 +261,7 @@ def shaken(model: Any, strength: float) -> Iterator[None]:
 def make_optimizers(
     modules: Sequence[nn.Module], weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Make Muon for the matrices inside the layers, which it trains far faster, AdamW for the rest.
+    """Make Muon for the matrices inside layers, which it trains far faster, and AdamW for the rest.
 
     Embeddings, the output layer tied to them, biases and gains are not matrices in Muon's sense.
     """
@@ -326,8 +328,8 @@ class Team:
 
 
 def schedule(peak: float, done: float, step: int) -> float:
-    """Return the learning rate at a fraction `done` of the time: warm up, stay constant,
-    fall to zero."""
+    """Return the learning rate at a fraction `done` of the time: warm up, stay constant, fall to
+    zero."""
     warm_up = min(1.0, (step + 1) / 100)
     return peak * warm_up * min(1.0, (1.0 - done) / 0.5)
 
@@ -354,17 +356,17 @@ def train_tower(model: Any, heads: CellHeads, team: Team, options: argparse.Name
 def train_all(
     model: Any, tokenizer: Any, heads: CellHeads | None, team: Team, options: argparse.Namespace
 ) -> None:
-    """Stage two: teach the whole model to answer; `heads`, if given, go on helping the tower."""
+    """Stage two: teach the whole model to answer; `heads`, if given, keep training the tower."""
     rng = random.Random(f"answers {options.seed} {team.rank}")
     maker = ConversationMaker(tokenizer, rng)
     optimizers = make_optimizers([model, heads] if heads else [model], 0.05)
-    # Conversations with the same number of images have similar lengths: little padding
-    # in each group.
+    # Conversations with the same number of images have similar lengths, so groups need little
+    # padding.
     size = options.batch
     groups = (
-        (ONE_PICTURE_KINDS, size // 2),
-        (SEVERAL_PICTURES_KINDS, size * 3 // 8),
-        (NO_PICTURES_KINDS, size // 8),
+        (ONE_IMAGE_KINDS, size // 2),
+        (SEVERAL_IMAGES_KINDS, size * 3 // 8),
+        (NO_IMAGES_KINDS, size // 8),
     )
     started, step, elapsed_s, next_report_s = time.monotonic(), 0, 0.0, 30.0
     recent: deque[float] = deque(maxlen=50)
@@ -372,7 +374,8 @@ def train_all(
         batches = []
         for kinds, count in groups:
             group = sorted((maker.make(kinds) for _ in range(count)), key=lambda c: len(c.ids))
-            # The few longest on their own: padding the rest to their length would double the work.
+            # The longest get their own batch: padding the rest to their length would double the
+            # work.
             batches += [group[: count * 3 // 4], group[count * 3 // 4 :]]
         total_weight = sum(sum(c.weights) for batch in batches for c in batch)
         loss_value = 0.0
@@ -440,7 +443,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line `python -m worker.demo.train`."""
     parser = argparse.ArgumentParser(
         prog="python -m worker.demo.train",
-        description="Train the tiny demo model on drawn pictures, save it and measure it.",
+        description="Train the tiny demo model on generated images, save it and measure it.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to save it")
     parser.add_argument(
@@ -448,14 +451,14 @@ def main(arguments: list[str] | None = None) -> None:
         type=float,
         default=30,
         metavar="M",
-        help="minutes of learning to answer; default: 30",
+        help="minutes of stage two, learning to answer; default: 30",
     )
     parser.add_argument(
         "--tower-minutes",
         type=float,
         default=3,
         metavar="M",
-        help="minutes of learning to see, before that; default: 3; no effect with --init",
+        help="minutes of stage one, learning to see; default: 3; no effect with --init",
     )
     parser.add_argument(
         "--init", type=Path, metavar="DIR", help="continue with a model saved by --out"
@@ -480,7 +483,8 @@ def main(arguments: list[str] | None = None) -> None:
         type=float,
         default=0.0,
         metavar="S",
-        help="noise on the weights, to tolerate rounding to few bits: 0.1, at the end of training",
+        help="noise on the weights, so that the model tolerates rounding to few bits: 0.1 at the "
+        "end of training; default: 0",
     )
     parser.add_argument("--compile", action="store_true", help="50 %% faster; needs a C++ compiler")
     parser.add_argument(
@@ -493,7 +497,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = (Path(folder) / "meeting", options)
         spawn(train, work, options.processes)  # type: ignore[no-untyped-call]
-    # Measure what was saved: written, read back and rounded.
+    # Measure the saved model, rounded as it was written.
     print(report(count_right(*load(options.out), held_out(options.cases, seed=1)), show_wrong=3))
 
 

@@ -1,1 +1,1 @@
-"""When this worker will be gone: by an option, by Slurm, by a spot notice of a cloud."""
+"""When this worker will be gone: because of an option, Slurm, or a cloud's spot notice."""

@@ -57,11 +57,11 @@ class Source(Protocol):
 
 
 class SourceError(Exception):
-    """It did not answer as it should; the message says what it did instead."""
+    """A source did not answer as it should; the message says what it did instead."""
 
 
 class Fixed:
-    """An option's own end."""
+    """An end that an option gives."""
 
     every_s = float("inf")
 
@@ -77,7 +77,7 @@ class Fixed:
 
 
 class Slurm:
-    """The limit of the job that this process runs in."""
+    """The time limit of the job in which this process runs."""
 
     name = "slurm"
     every_s = SLURM_S
@@ -96,7 +96,7 @@ class Slurm:
                 at = None if said in _NO_END else datetime.fromisoformat(said).timestamp()
             except (SourceError, ValueError) as error:
                 if self._given is None:
-                    raise SourceError(f"squeue does not tell the job's end: {error}") from None
+                    raise SourceError(f"squeue does not say when the job ends: {error}") from None
         return None if at is None else Ending(at, self._why)
 
 
@@ -121,7 +121,7 @@ def _run(command: list[str]) -> str:
 
 
 class _Metadata:
-    """A cloud's metadata service: plain HTTP to an address of this machine, never by a proxy."""
+    """A cloud's metadata service: plain HTTP to a link-local address, never through a proxy."""
 
     every_s = NOTICE_S
 
@@ -144,7 +144,7 @@ class _Metadata:
 
 
 class Aws(_Metadata):
-    """EC2 Spot: `spot/instance-action` names the time two minutes before (IMDSv2)."""
+    """EC2 Spot: `spot/instance-action` gives the time, two minutes ahead (IMDSv2)."""
 
     name = "aws"
 
@@ -156,7 +156,7 @@ class Aws(_Metadata):
             "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT"
         )
         if not token:
-            raise SourceError("the metadata service gives no token")
+            raise SourceError("the metadata service returns no token")
         said = self._get(
             "/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token}
         )
@@ -167,7 +167,7 @@ class Aws(_Metadata):
             at = datetime.fromisoformat(notice["time"]).timestamp()
             return Ending(at, f"spot notice: {notice['action']}")
         except (ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"a notice that cannot be read: {said[:200]!r} ({error})") from None
+            raise SourceError(f"unreadable notice: {said[:200]!r} ({error})") from None
 
 
 class Gcp(_Metadata):
@@ -218,9 +218,7 @@ class Azure(_Metadata):
                 and (not self._machine or self._machine in event.get("Resources", ()))
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(
-                f"events that cannot be read: {str(said)[:200]!r} ({error})"
-            ) from None
+            raise SourceError(f"unreadable events: {str(said)[:200]!r} ({error})") from None
         return min(ends, key=lambda ending: ending.at, default=None)
 
     def _time(self, event: dict[str, str]) -> float:
@@ -239,13 +237,13 @@ CLOUDS: Final[Mapping[str, Callable[[], Source]]] = {"aws": Aws, "gcp": Gcp, "az
 
 
 class Command:
-    """A command of the operator's: its output is a time or the seconds left, or nothing."""
+    """A command of the operator's that prints a time, the seconds left, or nothing."""
 
     name = "notice command"
     every_s = NOTICE_S
 
     def __init__(self, command: str) -> None:
-        """`command`: words as in a shell, run without one."""
+        """`command`: split into words as by a shell, but run without one."""
         self._command = shlex.split(command)
         self._said = ""
         self._at = 0.0
@@ -256,7 +254,7 @@ class Command:
             self._said = ""
             return None
         if said != self._said:
-            # "30" says the same five seconds later, where a command only repeats its notice.
+            # A command that still prints "30" five seconds later only repeats its notice.
             try:
                 self._at = times.either(said, datetime.now())
             except ValueError as error:
@@ -273,10 +271,10 @@ def chosen(
     slurm: bool = True,
     environment: Mapping[str, str] = os.environ,
 ) -> list[Source]:
-    """The sources that the options and the environment name. `ends_at`: Unix time."""
+    """The sources that options and environment ask for. `ends_at`: Unix time."""
     found: list[Source] = []
     if ends_at is not None:
-        found.append(Fixed(ends_at, "the time that its options name"))
+        found.append(Fixed(ends_at, "the time set by its options"))
     job = environment.get("SLURM_JOB_ID", "")
     if slurm and job:
         found.append(Slurm(job, environment.get("SLURM_JOB_END_TIME", "")))

@@ -1,6 +1,6 @@
-"""Asks the sources of an end, in a thread, and wakes the link when the earliest answer changes.
+"""Asks the sources of an end, in a thread, and wakes the link when the earliest end changes.
 
-Must never call the core: the link reads `take` in its own thread.
+Must never call the core: the link calls `take` in its own thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class EndWatch:
     """The earliest end that any source knows."""
 
     def __init__(self, sources: list[Source], margin_s: float) -> None:
-        """`margin_s`: the worker wants to have left this much before its end."""
+        """`margin_s`: how long before its end the worker must have left."""
         self._sources = sources
         self._margin_s = margin_s
         self._bell = Bell()
@@ -68,7 +68,7 @@ class EndWatch:
                 try:
                     ending = source.ask()
                 except SourceError as error:
-                    # What it said before still counts.
+                    # Its previous answer still counts.
                     if index not in failing:
                         failing.add(index)
                         fields = {"source": source.name, "cause": str(error)}

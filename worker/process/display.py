@@ -1,7 +1,7 @@
 """Shows the progress of loading the engine.
 
 A progress bar if standard error is a terminal and `rich` is installed, otherwise a line for each
-new stage and each tenth. Must never be required: without it the worker works the same.
+new stage and each tenth. Must never be required: the worker works the same without it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _bar() -> Any:
 
 
 class LoadingDisplay:
-    """Displays the progress of loading, any number of times."""
+    """Displays the progress of loading; may be used again after `done`."""
 
     def __init__(self, enabled: bool = True) -> None:
         self._enabled = enabled

@@ -44,11 +44,11 @@ def _measure() -> int:
 
 
 def _processes() -> list[tuple[int, int]]:
-    """Process ids and resident bytes, of this one and its children."""
+    """Process ids and resident bytes of this process and its children."""
     try:
         import psutil
     except ImportError:
-        # Without the extra of an engine: the most that this process has held.
+        # Without an engine's extra there is only the maximum that this process has held.
         unit = 1 if sys.platform == "darwin" else 1024
         return [(os.getpid(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)]
     own = psutil.Process()
@@ -60,8 +60,8 @@ def _processes() -> list[tuple[int, int]]:
 
 
 def _counted_by_driver(pids: set[int]) -> int:
-    """GPU memory of these processes; 0 where NVML is missing, or knows other process ids (in
-    containers)."""
+    """GPU memory of these processes, bytes; 0 if NVML is missing, or knows them by other process
+    ids (in containers)."""
     try:
         import pynvml
     except ImportError:

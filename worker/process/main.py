@@ -1,9 +1,9 @@
 """The engine process: builds the engine, runs its loop, and dies with the link.
 
 Started by `supervisor` as `python -m worker.process.main PIPE_FD LIFE_FD PARENT_PID`. The loop
-takes what the link sent, steps while the engine is busy, and answers each step with one message
-that contains all its events and tells the link when the engine last finished a step. Whatever
-happens here, even a hang in C code, the link keeps running. Must never import zmq.
+takes what the link sent, steps while the engine is busy, and reports each step in one message,
+which contains all its events and also shows the link that the engine is alive. Whatever happens
+here, even a hang in C code, the link keeps running. Must never import zmq.
 
 Messages (first frame msgpack, further frames raw bytes):
 
@@ -65,7 +65,7 @@ class _Link:
         self._pipe.send((self._encode(message),))
 
     def progress(self, fraction: float | None, note: str) -> None:
-        """Report loading progress; too frequent calls are dropped."""
+        """Report loading progress; calls that come too often are dropped."""
         now_s = time.monotonic()
         if now_s - self._progress_s >= PROGRESS_INTERVAL_S or fraction == 1.0:
             self._progress_s = now_s
@@ -135,7 +135,8 @@ def _build(link: _Link, options: EngineOptions) -> Engine:
 
 
 def _receive_options(pipe: Pipe) -> EngineOptions:
-    """The first message. Nothing else is sent before `ready`, so nothing is lost here."""
+    """The options, from the first message. Nothing else is sent before `ready`, so nothing is
+    lost."""
     while True:
         for message in pipe.receive(None):
             _, fields = msgspec.msgpack.decode(message[0])
@@ -143,9 +144,10 @@ def _receive_options(pipe: Pipe) -> EngineOptions:
 
 
 def _die_with_link(life: int, parent: int) -> None:
-    """Never outlive the link, however it ends and whatever this process does then."""
+    """End this process when the link ends, however that happens and whatever this process does
+    then."""
     if sys.platform == "linux":
-        # Done by the kernel, so it works even if a C call holds the interpreter's lock.
+        # The kernel does it, so it works even if a C call holds the interpreter's lock.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(EXIT_BROKEN)
@@ -158,8 +160,8 @@ def _die_with_link(life: int, parent: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point. Arguments: file descriptors of the pipe and of the life line, and the
-    link's process id."""
+    """Entry point. Arguments: file descriptors of the pipe and of the lifeline, and the link's
+    process id."""
     pipe_fd, life, parent = map(int, arguments)
     # Signals from a terminal or a service manager reach the link, which ends this process properly.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

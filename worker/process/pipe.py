@@ -1,8 +1,8 @@
 """The pipe between the link and the engine process: messages of frames over a stream socket.
 
 The link's end never blocks: what the engine does not read is queued, because a hung engine must not
-stall a heartbeat. The engine's end blocks when sending, and does not wait when receiving while it
-has work. The frames of a message are sent without being joined, so a large image is not copied.
+delay a heartbeat. The engine's end blocks when sending, and receives without waiting while it has
+work. The frames of a message are sent without being joined, so that large images are not copied.
 Must never import zmq or torch.
 
     message = count (4 bytes, big-endian), count lengths (8 bytes each), the frames
@@ -21,7 +21,7 @@ _COUNT: Final = struct.Struct(">I")
 _ONE_FRAME: Final = struct.Struct(">IQ")
 _READ_BYTES: Final = 1 << 18
 _READ_AT_ONCE_BYTES: Final = 1 << 24
-"""After this much, the reader can do something else, even if the other side keeps writing."""
+"""`receive` returns after this much, even if the other side keeps writing."""
 _IOVECS: Final = 64
 
 
@@ -41,7 +41,7 @@ class Pipe:
         self.backlog_bytes = 0
 
     def fileno(self) -> int:
-        """For a poller."""
+        """The descriptor to poll."""
         return self._socket.fileno()
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Pipe:
         parts = [head, *frames]
         sent = 0
         if not self._outgoing and len(parts) <= _IOVECS:
-            # Mostly all of it goes at once, and nothing need be kept.
+            # Usually all of it is sent at once, and nothing need be kept.
             try:
                 sent = self._socket.sendmsg(parts)
             except BlockingIOError:

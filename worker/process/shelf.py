@@ -1,10 +1,10 @@
 """Several models of one worker, loaded on demand: `--models`, `--models-memory`.
 
-Each model gets an engine process of its own: whatever the engine, all memory of its device is free
-again once that has ended. Without a budget one model is loaded at a time; with one, as many as fit
-by what their processes were measured to hold. The brokers decide whose turn it is and what gives
-way (`load`); here it is carried out. A model that nobody asks for is unloaded after a while, and
-earlier where the budget is exceeded. Must never end a process that has work.
+Each model gets an engine process of its own: whatever the engine, its device memory is free again
+once the process has ended. Without a budget, one model is loaded at a time; with one, as many as
+fit by the measured sizes of their processes. The brokers decide which model is loaded and which
+ones give way; `load` carries that out. A model that nobody asks for is unloaded after a while, and
+earlier if the budget is exceeded. Must never end a process that has work.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BYTES_PER_S = 500e6
 LEAST_LOAD_MS = 3000
 """The time that an engine process takes to start, whatever it loads."""
 HELD_BYTES = "memory_held_bytes"
-"""The engine process's own measure of what it occupies."""
+"""The metric in which an engine process reports the memory that it occupies."""
 TOLD_SHARE = 1 / 32
 """A footprint that has changed by less than this share of the budget since it was first measured is
 not reported."""
@@ -50,7 +50,7 @@ FIRST_RETRY_S = 30.0
 again. The cause may have been removed since, or have been another process that held the memory."""
 LONGEST_RETRY_S = 1800.0
 LATE_S = 1.0
-"""A tick that comes later than this shows that the process was suspended."""
+"""A tick that comes later than this means that the process was suspended."""
 STALL_SHARE = 0.9
 """Share of the time after which the core considers the whole worker hung: one engine of several is
 restarted earlier."""
@@ -101,7 +101,7 @@ class _Entry:
 
     @property
     def busy(self) -> bool:
-        """Whether it has work, or is about to be loaded for some."""
+        """Whether it has work, or is being loaded for some."""
         return bool(self.jobs) or (self.engine is not None and not self.ready and not self.lost)
 
     def serves(self, model: str) -> bool:
@@ -109,7 +109,7 @@ class _Entry:
 
 
 class Shelf:
-    """Stands where a `Supervisor` stands (`worker.loop.EngineSide`)."""
+    """Takes the place of a `Supervisor` (`worker.loop.EngineSide`)."""
 
     def __init__(
         self,
@@ -122,8 +122,8 @@ class Shelf:
         make: Callable[[EngineOptions, dict[str, str]], Supervisor] = Supervisor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`options.slots` is the number of slots of all models together. `memory_bytes`: what the
-        loaded models may occupy; 0: one model at a time, whatever it occupies."""
+        """`options.slots` is the number of slots of all models together. `memory_bytes`: how much
+        the loaded models may occupy; 0: one model at a time, whatever it occupies."""
         self._options = options
         self._environment = environment
         self._unload_idle_s = unload_idle_s
@@ -135,11 +135,11 @@ class Shelf:
             _entry(path, names)
             for path, names in zip(options.model_paths, options.model_names, strict=True)
         ]
-        #: The models of running jobs.
+        #: The model of each running job.
         self._jobs: dict[bytes, _Entry] = {}
         #: How often a request's engine died while it ran alone.
         self._strikes: dict[bytes, int] = {}
-        #: The whole worker counts as lost: its only engine has died.
+        #: Whether the whole worker counts as lost, because its only engine has died.
         self._all_lost = False
         #: When `tick` is due.
         self._due_s = math.inf
@@ -157,7 +157,7 @@ class Shelf:
         return bool(self._events) or any(_engine(entry).waiting for entry in self._loaded())
 
     def start(self) -> None:
-        """Nothing is loaded until somebody asks for it."""
+        """Become ready; nothing is loaded until somebody asks for it."""
         self._events.append(events.EngineReady(self._capabilities()))
 
     def stop(self, *, wait: bool = True) -> None:
@@ -165,7 +165,7 @@ class Shelf:
             _engine(entry).stop(wait=wait)
 
     def restart(self, reason: str, now_s: float) -> list[events.Event]:
-        """Kill every engine that has work and finishes no step."""
+        """Kill and restart every engine that has work."""
         came: list[events.Event] = []
         for entry in self._loaded():
             if entry.jobs:
@@ -184,8 +184,8 @@ class Shelf:
         return due_s
 
     def tick(self, now_s: float) -> list[events.Event]:
-        """Start an engine that was lost, kill one that hangs, unload a model that nobody asks
-        for, offer one again that could not be loaded."""
+        """Start an engine that was lost, kill one that hangs, unload a model that nobody asks for,
+        and offer again one that could not be loaded."""
         came: list[events.Event] = []
         again = [entry for entry in self._entries if entry.broken and now_s >= entry.retry_s]
         for entry in again:
@@ -198,7 +198,7 @@ class Shelf:
             if late_s > LATE_S:
                 entry.mark_s += late_s  # this process was suspended, and saw no steps
             if entry.engine is None:
-                continue  # unloaded meanwhile, for the budget
+                continue  # unloaded in the meantime, to keep the budget
             if entry.jobs and now_s >= self._stalled_s(entry):
                 silent_s = now_s - entry.mark_s
                 reason = f"the engine of {entry.title} finished no step for {silent_s:.0f} s"
@@ -210,19 +210,19 @@ class Shelf:
         return self._taken() + came
 
     def _stalled_s(self, entry: _Entry) -> float:
-        """When an engine with work counts as hung. Of a single one the core judges."""
+        """When an engine with work counts as hung. If it is the only one, the core decides."""
         alone = len(self._loaded()) == 1
         return math.inf if alone else entry.mark_s + STALL_SHARE * self._stall_s
 
     def read(self, now_s: float) -> list[events.Event]:
         came = self._taken()
         for entry in self._loaded():
-            if entry.engine is not None:  # else unloaded meanwhile, for the budget
+            if entry.engine is not None:  # else unloaded in the meantime, to keep the budget
                 came += self._translated(entry, entry.engine.read(now_s), now_s)
         return came + self._taken()
 
     def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
-        """Hand a job to its model's engine; the core has seen that it is loaded."""
+        """Hand a job to its model's engine; the core has checked that it is loaded."""
         model = _READ.decode(body).model
         entry = next((e for e in self._loaded() if e.ready and e.serves(model)), None)
         if entry is None:
@@ -246,7 +246,7 @@ class Shelf:
             entry.engine.cancel(job_id)
 
     def widen(self, job_id: bytes, limit: int) -> None:
-        """Do nothing, as the engines do."""
+        """Do nothing: engines ignore windows."""
 
     # --- on demand --------------------------------------------------------------------------------
 
@@ -278,12 +278,12 @@ class Shelf:
         self._events.append(events.EngineLoading(0.0, f"loading {model}", on_demand=True))
 
     def _making_room(self, entry: _Entry, leaving: list[_Entry]) -> list[_Entry]:
-        """What must be unloaded before a model can be loaded: at least `leaving`."""
+        """The models that must be unloaded before this one can be loaded: at least `leaving`."""
         if not self._budget_bytes:
             return self._loaded()
         rest = [e for e in self._loaded() if e not in leaving]
         leaving = list(leaving)
-        # First those without work, the least recently used first.
+        # Idle ones first, the least recently used before others.
         rest.sort(key=lambda e: (e.busy, e.idle_since_s))
         while rest and self._occupied(rest) + entry.memory_bytes > self._budget_bytes:
             leaving.append(rest.pop(0))
@@ -306,7 +306,7 @@ class Shelf:
     # --- inside -----------------------------------------------------------------------------------
 
     def _loaded(self) -> list[_Entry]:
-        """Those that have an engine, loaded or about to be."""
+        """The models that have an engine, loaded or loading."""
         return [entry for entry in self._entries if entry.engine is not None]
 
     def _taken(self) -> list[events.Event]:
@@ -321,7 +321,7 @@ class Shelf:
 
     def _unload(self, entry: _Entry, why: str) -> None:
         assert not entry.jobs, "a process that has work is never ended"
-        # It has nothing to do; waiting for its farewell would hold up the link.
+        # It has nothing to do; to wait for its end would hold up the link.
         _engine(entry).stop(wait=False)
         entry.engine = None
         entry.ready = entry.lost = False
@@ -356,7 +356,7 @@ class Shelf:
                 case events.WorkerFailed(message) if not entry.ready:
                     translated += self._unusable(entry, message)
                 case events.EngineLost(message) if not entry.ready and not entry.lost:
-                    # It died while it loaded; the supervisor tries again, and gives up in the end.
+                    # It died while loading; the supervisor tries again, and gives up eventually.
                     log.warning("model not loaded", extra={"fields": {"cause": message}})
                 case events.EngineLost(message):
                     translated += self._is_lost(entry, message, now_s)
@@ -371,7 +371,7 @@ class Shelf:
         self._device = capabilities.device
         entry.lost, entry.ready, entry.failures = False, True, 0
         entry.idle_since_s = now_s
-        # What it occupies is measured anew; until it is, the last time counts.
+        # Its memory is measured anew; until then the previous value counts.
         entry.metrics = {}
         was_lost, self._all_lost = self._all_lost, False
         known = self._capabilities()
@@ -385,8 +385,8 @@ class Shelf:
         )
 
     def _is_lost(self, entry: _Entry, message: str, now_s: float) -> list[events.Event]:
-        """A process has died, and the supervisor starts another. Where it was the only one, the
-        worker is lost, as one without a shelf; else only what ran on it."""
+        """A process has died, and the supervisor starts another. If it was the only one, the whole
+        worker is lost, as without a shelf; otherwise only the jobs that ran on it."""
         if len(self._loaded()) == 1:
             self._all_lost = True
             self._forget_jobs(entry)
@@ -422,7 +422,8 @@ class Shelf:
     def _restarted(
         self, entry: _Entry, reason: str, now_s: float, *, told: bool
     ) -> list[events.Event]:
-        """Kill a process that hangs. `told`: the core knows, and counts its jobs as lost."""
+        """Restart a process that hangs. `told`: whether the core knows, and counts its jobs as
+        lost."""
         if told:
             self._all_lost = True
             self._forget_jobs(entry)
@@ -433,8 +434,8 @@ class Shelf:
         return lost + self._translated(entry, _engine(entry).restart(reason, now_s), now_s)
 
     def _unusable(self, entry: _Entry, message: str) -> list[events.Event]:
-        """The model cannot be loaded: the others can. It is offered again after a while, which
-        doubles."""
+        """A model cannot be loaded. It is offered again after a while, which doubles with each
+        failure; the worker fails only if none can be loaded."""
         entry.engine, entry.lost = None, False
         entry.broken = message
         wait_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0**entry.failures)

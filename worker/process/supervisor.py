@@ -1,7 +1,7 @@
 """Starts the engine process, watches it, kills and restarts it.
 
-Turns the process's messages and its end into events for the worker's core. The core decides that an
-engine hangs; here that is carried out. Gives up if the engine cannot be built at all, or dies
+Turns the process's messages and its end into events for the worker's core. The core decides whether
+an engine hangs; `restart` then kills it. Gives up if the engine cannot be built at all, or dies
 repeatedly. Must never block the link, and never import torch or zmq.
 """
 
@@ -35,9 +35,9 @@ LONGEST_RESTART_S = 30.0
 QUICK_DEATHS = 5
 """This many deaths in a row, each soon after the engine was ready (or before), end the worker."""
 PROVEN_S = 30.0
-"""An engine that ran this long was not broken from the start: the count is reset."""
+"""An engine that has run this long was not broken from the start: the count of deaths is reset."""
 MAX_BACKLOG_BYTES = 1 << 30
-"""Limit for data that waits for an engine that does not read; bounds the link's memory."""
+"""Limit for data queued for an engine that does not read it; bounds the link's memory."""
 CLOSE_WAIT_S = 3.0
 
 
@@ -73,7 +73,7 @@ class Supervisor:
         life_read, life_write = os.pipe()
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        # Threads of an OpenMP runtime that spin for work would take the link's core.
+        # Threads of an OpenMP runtime that spin while idle would take the link's core.
         environment = {"OMP_WAIT_POLICY": "passive", **os.environ, **self._environment}
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         with theirs:
@@ -89,8 +89,8 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), life_read),
                 env=environment,
-                # A process group of its own: the link handles Ctrl-C in the terminal, and what the
-                # engine starts can be killed with it.
+                # A process group of its own: the link handles Ctrl-C in the terminal, and processes
+                # that the engine starts can be killed with it.
                 process_group=0,
             )
         os.close(life_read)
@@ -121,7 +121,7 @@ class Supervisor:
             self._life = None
 
     def stop(self, *, wait: bool = True) -> None:
-        """End the engine process for good: it is killed unless it leaves when asked."""
+        """End the engine process for good: it is killed unless it ends when asked."""
         process = self._process
         if wait and process is not None and self.pipe is not None:
             with contextlib.suppress(PipeClosed, subprocess.TimeoutExpired):
@@ -239,7 +239,7 @@ class Supervisor:
     # --- messages to the process ------------------------------------------------------------------
 
     def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
-        """Hand a job over. One that cannot be handed over is returned as failed by `read`."""
+        """Hand over a job; if that is not possible, `read` returns it as failed."""
         if self.pipe is None:
             return
         if self.pipe.backlog_bytes > MAX_BACKLOG_BYTES:
@@ -257,8 +257,8 @@ class Supervisor:
         self._send((msgspec.msgpack.encode(("cancel", job_id)),))
 
     def load(self, model: str, gives_way: Collection[str] = ()) -> None:
-        """Load an adapter, and unload those that give way; an empty name: only unload, without
-        names all."""
+        """Load an adapter, and unload those in `gives_way`. If `model` is empty, only unload:
+        those, or all if `gives_way` is empty."""
         if gives_way or not model:
             self._send((msgspec.msgpack.encode(("unload", list(gives_way))),))
         if model:

@@ -1,7 +1,7 @@
 """Spans of the engine's work: one for each job, with children queue, prefill and decode.
 
-`TracedEngine` wraps the engine and watches what passes; without traces it is not used. Jobs whose
-request has no trace context are only passed on. Must never change anything.
+`TracedEngine` wraps the engine and watches what passes; it is used only if tracing is on. Jobs
+whose request has no trace context are only passed on. Must never change what passes.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class TracedEngine:
     def widen(self, job_id: bytes, limit: int) -> None:
         self._engine.widen(job_id, limit)
 
-    # --- looked at --------------------------------------------------------------------------------
+    # --- watched ----------------------------------------------------------------------------------
 
     def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
-        """A job begins."""
+        """Begin the span of a job."""
         request = _READ.decode(body)
         if any(key in request.trace for key in TRACE_KEYS):
             now_ns = time.time_ns()
@@ -109,7 +109,7 @@ class TracedEngine:
         return self._seen(self._engine.tick(now_s))
 
     def restart(self, reason: str, now_s: float) -> list[events.Event]:
-        """Everything that ran is lost."""
+        """Restart the engine; everything that ran is lost."""
         arrived = self._seen(self._engine.restart(reason, now_s))
         self._lose(reason)
         return arrived
@@ -143,7 +143,7 @@ class TracedEngine:
         span.end(end_ns)
 
     def _parts(self, job: _Job, timings: Timings, end_ns: int) -> None:
-        """Computed backwards from the end, the only time that is known for certain."""
+        """Add the child spans, computed backwards from the end, the only time known for certain."""
         from opentelemetry.trace import set_span_in_context
 
         above = set_span_in_context(job.span)

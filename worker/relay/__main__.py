@@ -1,15 +1,15 @@
-"""`python -m worker.relay`: serve a whole bus as a worker of another one. Started by
-`python -m broker --upstream`, which keeps it running; not meant to be started by hand.
+"""`python -m worker.relay`: serve a whole bus as a worker of another one.
 
+Started by `python -m broker --upstream`, which keeps it running; not meant to be started by hand.
 Its options arrive as one JSON line on the file descriptor given as its argument, because they
-contain keys; the end of that pipe means that its broker is gone. Then it accepts nothing
-more, and running requests are resumed with the broker that replaces it. Exit status as for
+contain keys. The end of that pipe means that its broker is gone: it then accepts nothing more, and
+running requests are resumed with the broker that replaces it. Exit status as for
 `python -m worker`.
 """
 
 from __future__ import annotations
 
-from broker.protocol import early  # noqa: F401  # first: it handles signals from here on
+from broker.protocol import early  # noqa: F401  # must be first: handles signals from here on
 
 # isort: split
 
@@ -36,7 +36,7 @@ from worker.relay.port import LowerBus
 
 log = logging.getLogger("worker.relay")
 
-#: A relay's options are its broker's.
+#: A relay gets its options through those of its broker.
 RELAY: Final = replace(WORKER, server_key="--upstream-server-key", key="--upstream-key")
 
 
@@ -53,10 +53,11 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     upstream: tuple[str, ...]
     drain_s: float
     speed: float = 1.0
-    #: CURVE above: files with the brokers' public key and with the relay's own key pair.
+    #: CURVE on the upper bus: files with the brokers' public key and the relay's own key pair.
     server_key: str = ""
     key: str = ""
-    #: CURVE below, in Z85: the broker's public key, and the key pair that it made for this relay.
+    #: CURVE on the lower bus, in Z85: the broker's public key, and the key pair that it made for
+    #: this relay.
     lower_server_key: str = ""
     lower_keys: tuple[str, str] | None = None
     log_format: str = "auto"

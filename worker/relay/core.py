@@ -4,10 +4,10 @@
 
 Towards the upper bus it keeps the rules of an engine (`worker.engines.base`), except that its
 number of slots varies: they belong to the lower bus, and others use them too. It offers the slots
-that were free when the lower broker was last asked, plus those that run requests for us; it asks
-once a second, and more often while that changes. Towards the lower bus it is a client like any
-other: the client's session resumes interrupted streams there, and nobody above notices. Must never
-touch a socket or a clock.
+that were free when the lower broker was last asked, plus those that run requests for the upper bus;
+it asks once a second, and more often while that changes. Towards the lower bus it is a client like
+any other: the client's session resumes interrupted streams there, unnoticed by the upper bus. Must
+never touch a socket or a clock.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ SOON_FOR_S: Final = 0.5
 ANSWER_S: Final = 3.0
 """A lower broker that does not answer for this long has nothing to offer."""
 KEPT_MODEL_S: Final = 10.0
-"""How long a model stays offered, without a slot, after its last worker left: a broker that has
-just been restarted knows its workers only a moment later."""
+"""How long a model stays offered, without a slot, after its last worker has left: a broker that has
+just been restarted takes a moment to know its workers."""
 LOOP_S: Final = 5.0
 """In a loop of relays, the one whose name sorts first leaves at once, the others after this
 delay."""
 EPOCHS: Final = 1024
-"""An epoch on the lower bus is the epoch from above times this, raised with each RESUME there. So a
-request keeps its id, and a relay that knows nothing of its predecessor still uses a later epoch,
-since two epochs from above differ by at least as much as a step below."""
+"""An epoch on the lower bus is the epoch from above times this, raised with each RESUME there. Thus
+a request can keep its id, and a relay that knows nothing of its predecessor still uses a later
+epoch, since two epochs from above differ by at least this much below."""
 USED_IDS: Final = 65_536
 LONGEST_LIMIT_S: Final = 1e9
 """The longest limit that callers of the client library can set."""
@@ -100,7 +100,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class JobAdded:
-    """The upper bus has a job; `body` is its `Request`, still encoded, and was checked."""
+    """The upper bus has a job; `body` is its `Request`, already checked but still encoded."""
 
     job_id: bytes
     body: bytes
@@ -109,14 +109,14 @@ class JobAdded:
 
 @dataclass(frozen=True, slots=True)
 class JobCancelled:
-    """Nobody above wants it any more."""
+    """The upper bus no longer wants a job."""
 
     job_id: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class WindowMoved:
-    """The caller above accepts tokens below `limit`."""
+    """The caller on the upper bus accepts tokens with offsets below `limit`."""
 
     job_id: bytes
     limit: int
@@ -177,14 +177,14 @@ class _Job:
         self.id = id_
         self.lower_id = lower_id
         self.model = request.model
-        #: Whether a worker of the lower bus has it.
+        #: Whether a worker of the lower bus runs it.
         self.started = False
         #: Number of tokens of the answer so far, including those of a RESUME.
         self.have = len(request.resume.token_ids) if request.resume else 0
-        #: The window above (an offset), and its distance from the answer at the start.
+        #: The window above (an offset), and the number of tokens that it allowed at the start.
         self.limit = request.window
         self.window_tokens = max(1, request.window - self.have)
-        #: The offset last reported as read to the session below; its window is that much further.
+        #: The offset last reported as read to the session below, from which its window counts.
         self.taken = 0
         #: Whether it was waiting for the window at the last survey: it may have left its slot long
         #: ago, with only the rest of its answer to come, and that slot was counted as free.
@@ -240,7 +240,7 @@ class RelayCore:
     # --- interface --------------------------------------------------------------------------------
 
     def handle(self, event: Event, now_s: float) -> list[Instruction]:
-        """Take an event; return what is to be done, in order."""
+        """Take an event; returns instructions, to be carried out in order."""
         self._now_s = now_s
         out: list[Instruction] = []
         self._out = out
@@ -260,7 +260,7 @@ class RelayCore:
             case Tick():
                 if now_s >= self._ask_s and not self._asked:
                     self._ask()
-        # Report fewer slots first, otherwise the worker would grant the slot that was just freed.
+        # Report fewer slots first; otherwise the worker would grant the slot that was just freed.
         self._offer()
         if self._events:
             events, self._events = self._events, []
@@ -277,19 +277,19 @@ class RelayCore:
         return self._capacity
 
     def invariants(self) -> None:
-        """Raise AssertionError where the state contradicts itself."""
+        """Raise AssertionError if the state contradicts itself."""
         assert len(self._jobs) == len(self._by_lower), "a job without its request"
         for job in self._jobs.values():
             assert self._by_lower.get(job.lower_id) is job
-            assert job.taken <= job.have, f"{job.taken} of {job.have} tokens called read"
+            assert job.taken <= job.have, f"{job.taken} of {job.have} tokens reported as read"
         assert self._capacity >= 0
 
     # --- jobs -------------------------------------------------------------------------------------
 
     def _on_job(self, added: JobAdded) -> None:
         request = codec.decode(Request, added.body, MAX_REQUEST_BYTES)
-        # The same id if possible: then a request that still runs on the lower bus, for a relay that
-        # died, continues instead of running twice.
+        # The same id if possible: a request that still runs on the lower bus for a relay that died
+        # then continues instead of running twice.
         lower_id = added.job_id if added.job_id not in self._used else self._new_id()
         self._used[lower_id] = None
         if len(self._used) > USED_IDS:
@@ -425,8 +425,8 @@ class RelayCore:
     def _ask(self) -> None:
         self._answers = {}
         self._asked_jobs = frozenset(self._jobs)
-        # Workers last: that answer is the newest, and everything that we know of our jobs
-        # came before it.
+        # Workers last: that answer is the newest, and all that we know about our jobs came before
+        # it.
         for verb in (_FAILED_LOADS, "bus.models", "bus.workers"):
             query_id = self._new_id()
             self._asked[query_id] = verb
@@ -469,7 +469,8 @@ class RelayCore:
         self._ask_s = self._now_s + (ASK_SOON_S if soon else ASK_S)
 
     def _absent(self, error: BusError) -> None:
-        """Nobody answers below: running requests are resumed there later, and nothing is added."""
+        """The lower broker does not answer: running requests are resumed there later, and no new
+        ones are accepted."""
         if error.code in _HOPELESS:
             self._out.append(Report(above.WorkerFailed(f"lower broker: {error}")))
             return
@@ -487,7 +488,7 @@ class RelayCore:
         self._via = survey.via
         for info in survey.models:
             self._models[info.name] = info, self._now_s
-        # Slots that we had when we asked and still have are ours, in addition to the free ones.
+        # Slots that we had when we asked and still have are ours in addition to the free ones.
         known = [self._jobs[id_] for id_ in self._asked_jobs if id_ in self._jobs]
         running = [job.model for job in known if job.started]
         for job in known:
@@ -521,7 +522,8 @@ class RelayCore:
         )
 
     def _tell_end(self, survey: Survey) -> None:
-        """The broker above moves streams away before the last worker here ends."""
+        """Report when the last worker below ends, so that the broker above moves streams away in
+        time."""
         in_ms = survey.ends_in_ms
         ends_s = math.inf if in_ms is None else self._now_s + in_ms / 1000
         if ends_s != self._ends_s and not abs(ends_s - self._ends_s) < SAME_S:
@@ -537,7 +539,7 @@ class RelayCore:
             return False
         around = ", ".join(survey.via)
         story = (
-            f"a loop of brokers: {mark} would be a worker of itself, through {around}. Remove "
+            f"a loop of brokers: {mark} would be its own worker, through {around}: remove "
             "--upstream from one of them"
         )
         if self._loop_since_s is None:
@@ -586,5 +588,5 @@ def _started(job: _Job) -> bool:
 
 
 def _seconds(ms: int | None) -> float | None:
-    """A wire limit in seconds, for `Timeout`."""
+    """A limit from the wire, in seconds, for `Timeout`."""
     return None if ms is None else min(max(ms, 1) / 1000, LONGEST_LIMIT_S)

@@ -1,8 +1,8 @@
 """The lower bus in place of an engine process: the relay's engine side of the link.
 
 Connects `core.RelayCore` with the client library's transport, whose thread owns the socket to the
-lower bus; what arrives there wakes the link. Everything else happens on the link's thread. Decides
-nothing: that is the core's job.
+lower bus; what arrives there wakes the link. Everything else happens on the link's thread. Must
+never decide anything: that is the core's job.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class LowerBus:
     def __init__(
         self, core: RelayCore, connection: Connection, software: str, life_fd: int | None = None
     ) -> None:
-        """`life_fd`: a pipe that the lower broker's process keeps open as long as it lives."""
+        """`life_fd`: a pipe that the lower broker's process keeps open while it lives."""
         self._core = core
         self._transport = Transport(connection, software)
         self._bell: _Bell | None = _Bell()

@@ -1,7 +1,7 @@
 """What a bus currently has to offer, read from its answers to `bus.workers`, `bus.models` and
 `bus.failed_loads`.
 
-Values only. Must never ask anything itself, and trusts nothing in a row beyond its checked types.
+Trusts nothing in a row beyond its checked types. Must never query a bus itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ model again."""
 
 
 class SurveyError(Exception):
-    """The answer is not one that a broker of this version gives."""
+    """The answer is not one that a broker of this version would give."""
 
 
 class _WorkerRow(msgspec.Struct, frozen=True):
@@ -36,7 +36,7 @@ class _WorkerRow(msgspec.Struct, frozen=True):
 
     @property
     def lasts(self) -> bool:
-        """Whether streams may stay there, as far as is known."""
+        """Whether streams may stay at this worker, as far as is known."""
         return self.ends_in_ms is None and self.state not in ("loading", "unknown", "draining")
 
     @property
@@ -77,7 +77,7 @@ class Survey:
     ready_workers: int = 0
     #: Brokers behind those workers that are relays.
     via: tuple[str, ...] = ()
-    #: In how long the last of the workers will be gone, if all of their ends are known; and why.
+    #: Time until the last of the workers will be gone, if all their ends are known; and why.
     ends_in_ms: int | None = None
     ends_why: str = ""
 
@@ -91,7 +91,7 @@ def read(workers: Any, models: Any, failed_loads: Any = ()) -> Survey:
         infos = tuple(_info(row) for row in model_rows)
     except msgspec.ValidationError as error:
         raise SurveyError(
-            f"the broker's description of its bus is not understood: {error}"
+            f"the broker's description of its bus cannot be understood: {error}"
         ) from None
     ready = [row for row in worker_rows if row.state == "ready"]
     ends_in_ms, ends_why = _end(worker_rows)
@@ -131,7 +131,8 @@ def failures(
 
 
 def _end(rows: list[_WorkerRow]) -> tuple[int | None, str]:
-    """When the last worker will be gone, and why. One that still loads is nobody's refuge yet."""
+    """When the last worker will be gone, and why. A worker that is still loading does not count,
+    since no stream can move there yet."""
     ends = [(row.ends_in_ms, row.ends_why) for row in rows if row.ends_in_ms is not None]
     if not ends or any(row.lasts for row in rows):
         return None, ""

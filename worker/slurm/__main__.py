@@ -1,6 +1,7 @@
-"""`python -m worker slurm`: keep workers as Slurm jobs beside a broker. Runs where `sbatch` does;
-needs no GPU. Exit status: 0 when told to stop, 1 if Slurm or the broker refuses for good, 2 for a
-wrong option.
+"""`python -m worker slurm`: keep workers for a broker running as Slurm jobs.
+
+Runs wherever `sbatch` does; needs no GPU. Exit status: 0 when told to stop, 1 if `sbatch` is not
+installed, 2 for a wrong option.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--operator-key", metavar="FILE", help="CURVE key pair of an operator (.key_secret)"
     )
-    made.add_argument("--min", type=int, default=0, metavar="N", help="jobs kept always [0]")
-    made.add_argument("--max", type=int, default=4, metavar="N", help="most jobs at once [4]")
+    made.add_argument("--min", type=int, default=0, metavar="N", help="jobs always kept [0]")
+    made.add_argument("--max", type=int, default=4, metavar="N", help="maximum number of jobs [4]")
     made.add_argument(
         "--idle-s",
         type=float,
@@ -77,18 +78,18 @@ def parser() -> argparse.ArgumentParser:
         help="submit a successor this long before a job that is needed ends [60]",
     )
     made.add_argument(
-        "--name", default="tokenbus", help="name of the jobs, of this launcher alone [tokenbus]"
+        "--name", default="tokenbus", help="name of the jobs, unique per launcher [tokenbus]"
     )
     for option, what in (
         ("partition", "partition"),
         ("gres", "such as gpu:1"),
-        ("time", "limit of a job, such as 1:00:00"),
+        ("time", "time limit of a job, such as 1:00:00"),
         ("account", "account"),
         ("qos", "quality of service"),
         ("constraint", "features of the node"),
         ("cpus-per-task", "cores"),
         ("mem", "memory, such as 32G"),
-        ("output", "file of the job's output"),
+        ("output", "file for the job's output"),
     ):
         made.add_argument(f"--{option}", metavar="X", help=f"for sbatch: {what}")
     made.add_argument(
@@ -99,7 +100,10 @@ def parser() -> argparse.ArgumentParser:
         help="any other option of sbatch, such as --sbatch=--exclusive; repeatable",
     )
     made.add_argument(
-        "--setup", default="", metavar="LINE", help="shell line before the worker, such as a module"
+        "--setup",
+        default="",
+        metavar="LINE",
+        help="shell line run before the worker, such as module load cuda",
     )
     made.add_argument("--log-level", choices=LEVELS, default="info")
     made.add_argument("--log-format", choices=FORMATS, default="auto")
@@ -120,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         logs.configure(args.log_level, args.log_format, None)
         if "--worker-id" in options:
-            raise worker_config.ConfigError("--worker-id is chosen here, by the job's number")
+            raise worker_config.ConfigError("--worker-id is chosen here, from the job's number")
         if not 0 <= args.min <= args.max:
             raise worker_config.ConfigError("--min must be from 0 to --max")
         config = worker_config.parse(options)
@@ -157,12 +161,12 @@ class Launcher:
         self._sbatch = [f"--{name.replace('_', '-')}={value}" for name, value in given if value]
         self._sbatch += args.sbatch
         self._script = commands.script(args.name, options, Path.cwd(), args.setup)
-        self._note = "starting: the launcher looks"
+        self._note = "starting: the launcher has just begun"
         self._jobs = commands.jobs(args.name)
         self._asked_s = time.monotonic()
 
     def run(self) -> int:
-        """Until told to stop. Running workers stay; jobs that have not begun are cancelled."""
+        """Work until told to stop. Running workers stay; jobs that have not begun are cancelled."""
         keys: dict[str, Any] = {}
         if self._args.server_key or self._args.operator_key:
             keys = {"server_key": self._args.server_key, "key": self._args.operator_key}

@@ -1,4 +1,4 @@
-"""Slurm's commands: sbatch, squeue, scancel. Raises `SlurmError` with what they said."""
+"""Slurm's commands sbatch, squeue and scancel. All raise `SlurmError` with what a command said."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FORMAT: Final = "%i|%T|%r"
 
 
 class SlurmError(Exception):
-    """A command failed; the message says which, and how."""
+    """A command failed; the message says which and why."""
 
 
 def _run(command: Sequence[str], *, text: str | None = None) -> str:
@@ -39,7 +39,7 @@ def _run(command: Sequence[str], *, text: str | None = None) -> str:
 
 
 def script(prefix: str, worker_options: Sequence[str], workdir: Path, environment: str) -> str:
-    """The job's script. `exec`: Slurm's signals reach the worker, which drains by SIGTERM."""
+    """The job's script. With `exec`, Slurm's signals reach the worker, which drains on SIGTERM."""
     command = shlex.join([sys.executable, "-m", "worker", *worker_options])
     lines = ["#!/bin/bash", f"cd {shlex.quote(str(workdir))}"]
     if environment:

@@ -41,13 +41,13 @@ class WorkerRow:
     state: str
     capacity: int
     running: int
-    #: Until it will be gone; None: no end is known.
+    #: Seconds until it will be gone; None: no end is known.
     ends_in_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What there is at one moment."""
+    """What broker and Slurm say at one moment. `waiting` and `running` count requests."""
 
     now_s: float
     waiting: int
@@ -62,7 +62,7 @@ class Bounds:
 
     least: int = 0
     most: int = 4
-    #: Requests that one worker runs at once; corrected by what workers say.
+    #: Requests that one worker runs at once, until workers say their own number.
     slots: int = 8
     #: A worker that has had nothing to do for this long is ended.
     idle_s: float = 60.0
@@ -81,12 +81,12 @@ class Plan:
 
 
 def worker_name(prefix: str, job: str) -> str:
-    """The name on the bus of a job's worker."""
+    """The name of a job's worker on the bus."""
     return f"{prefix}-{job}"
 
 
 class Fleet:
-    """Remembers what one look cannot tell: since when workers are idle, and what failed."""
+    """Remembers what one `Sight` does not show: since when workers are idle, and what failed."""
 
     def __init__(self, bounds: Bounds, prefix: str) -> None:
         self._bounds = bounds
@@ -100,7 +100,7 @@ class Fleet:
         self._drained: set[str] = set()
 
     def decide(self, sight: Sight) -> Plan:
-        """What to do now."""
+        """Decide what to do now."""
         bounds, plan = self._bounds, Plan()
         rows = {row.name: row for row in sight.workers}
         jobs = [job for job in sight.jobs if job.state not in ENDED and job.state != "COMPLETING"]
@@ -135,7 +135,7 @@ class Fleet:
         return row.ends_in_s is None or row.ends_in_s > self._bounds.lead_s
 
     def _note_ends(self, sight: Sight, jobs: list[Job], rows: dict[str, WorkerRow]) -> None:
-        """Jobs that came to nothing: the next ones wait for a while."""
+        """Note jobs that ended before their workers came: the next ones are delayed."""
         here = {job.id for job in jobs}
         for job in here:
             if worker_name(self._prefix, job) in rows:
@@ -158,7 +158,7 @@ class Fleet:
         rows: dict[str, WorkerRow],
         surplus: int,
     ) -> None:
-        """End what nobody needs: first jobs that have not begun, then workers that are idle."""
+        """End what nobody needs: first jobs that have not begun, then idle workers."""
         if sight.waiting:
             return
         pending = [job.id for job in jobs if job.state == "PENDING"]
@@ -185,14 +185,15 @@ class Fleet:
     def _note(
         self, jobs: list[Job], rows: dict[str, WorkerRow], submitted: int, sight: Sight
     ) -> str:
-        """For those that wait; empty where workers serve and it is only a matter of slots."""
+        """A note for waiting clients; empty if workers serve and only slots are missing."""
         starting = []
         for job in jobs:
             row = rows.get(worker_name(self._prefix, job.id))
             if row is not None and row.state == "ready":
                 continue
             if job.state == "RUNNING":
-                how = "runs, its worker loads" if row is not None else "runs, its worker starts"
+                what = "loading" if row is not None else "starting"
+                how = f"runs, its worker is {what}"
             else:
                 how = job.state.lower() + (f" ({job.reason})" if job.reason else "")
             starting.append(f"job {job.id} {how}")
@@ -200,8 +201,8 @@ class Fleet:
             more = f" and {len(starting) - 1} more" if len(starting) > 1 else ""
             return f"starting: {starting[0]}{more}"
         if submitted:
-            return "starting: a job is submitted"
+            return "starting: a job was submitted"
         if sight.waiting and sight.now_s < self._not_before_s:
             left_s = self._not_before_s - sight.now_s
-            return f"jobs end before their workers come; the next one in {left_s:.0f} s"
+            return f"jobs end before their workers come; next attempt in {left_s:.0f} s"
         return ""

@@ -1,4 +1,4 @@
-"""The second bundled model: tiny, of text alone, it thinks before it answers and calls tools.
+"""The second bundled model: tiny and text-only, it thinks before it answers and calls tools.
 
 `tasks` makes the conversations that it was trained on, `train` trains it again, `evaluate` measures
 it. Importing this module must stay cheap: it must never import torch or transformers.

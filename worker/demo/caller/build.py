@@ -1,7 +1,7 @@
 """The tool caller before training: its tokenizer, chat template and architecture.
 
-A Llama in small. Thoughts and calls are marked as most open models mark them: `<think>`, and
-`<tool_call>` around the JSON of a name and arguments.
+A small Llama. Thoughts and calls are marked as most open models mark them: with `<think>`, and with
+`<tool_call>` around the JSON of name and arguments.
 """
 
 import json
@@ -21,7 +21,7 @@ from worker.demo.caller.turns import answer_text
 
 __all__ = ["END", "PAD", "build_model", "build_tokenizer"]
 
-# Only half of its classes are typed; as Any, no call below needs an ignore.
+# Only half of its classes are typed; as Any, the calls below need no `type: ignore`.
 hf: Any = transformers
 
 SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>")
@@ -63,14 +63,15 @@ VOCABULARY_SIZE = 1024
 WIDTH, INNER, LAYERS, HEADS = 128, 384, 4, 4
 CONTEXT_TOKENS = 2048
 
-# About one over the root of the width; the usual 0.02 is meant for models far wider than this.
+# About one over the square root of the width; the usual 0.02 is meant for much wider models.
 INITIAL_SPREAD = 0.06
 
 
 def build_tokenizer() -> Any:
     """Train a byte-level BPE tokenizer on tasks; any text can be encoded.
 
-    Digits are tokens, so that a number can be copied."""
+    Each digit is a token, so that numbers can be copied.
+    """
 
     def texts() -> Iterator[str]:
         rng = random.Random("tokenizer")

@@ -26,7 +26,7 @@ BATCH = 32
 
 @torch.inference_mode()
 def count_right(folder: Path, tasks: Sequence[Task]) -> dict[str, tuple[int, int]]:
-    """By kind: how many answers are right to the character, thoughts included, of how many."""
+    """By kind: how many answers are exactly right, thoughts included, and how many there are."""
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     right: Counter[str] = Counter()

@@ -1,7 +1,7 @@
-"""Conversations with tools: what is asked, which tools are given, what to think, call and answer.
+"""Conversations with tools: a question, the tools, and what to think, call and answer.
 
 A task is a prompt (messages and tools in OpenAI's form) and the turn that follows. Tools, their
-arguments and the words of a question vary, and some names are made up, so that a model must read
+arguments and the wording of questions vary, and some names are made up, so that a model must read
 the prompt and cannot recite. Needs only the standard library.
 """
 
@@ -71,13 +71,13 @@ SYSTEMS = ("You are a helpful assistant.", "Use the tools.", "Answer briefly.")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A prompt and the assistant's turn that is right after it."""
+    """A prompt and the right turn of the assistant's after it."""
 
     kind: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
     thought: str
-    #: The text of the answer; empty where it calls.
+    #: The text of the answer; empty if it calls.
     text: str
     #: Names and arguments of the calls.
     calls: list[tuple[str, dict[str, Any]]]
@@ -162,7 +162,7 @@ def _number(rng: random.Random) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a user wants that one tool gives."""
+    """A question that one tool can answer."""
 
     question: str
     about: str
@@ -274,7 +274,7 @@ _TALK = (
 
 
 def _tools(rng: random.Random, topics: list[str], *, without: str = "") -> list[_Tool]:
-    """Tools of these topics and of others, in any order."""
+    """Tools of these topics and of random others, in random order."""
     others = [topic for topic in _TOPICS if topic not in topics and topic != without]
     chosen = topics + rng.sample(others, rng.choice((0, 0, 1, 1, 2, 3)))
     rng.shuffle(chosen)
@@ -351,7 +351,7 @@ KINDS: dict[str, tuple[float, Callable[[random.Random], Task]]] = {
     "talk": (1.0, _talk),
     "result": (2.0, _result),
 }
-"""How often each kind of task is trained, and what makes it."""
+"""The relative frequency of each kind of task in training, and its maker."""
 
 
 def _task(
@@ -367,7 +367,7 @@ def _task(
 
 
 def make_task(rng: random.Random, kind: str | None = None) -> Task:
-    """A task, of a kind or of any; some have a system message."""
+    """A random task, of one kind if given; some have a system message."""
     if kind is None:
         kind = rng.choices(list(KINDS), [weight for weight, _ in KINDS.values()])[0]
     task = KINDS[kind][1](rng)
@@ -377,6 +377,7 @@ def make_task(rng: random.Random, kind: str | None = None) -> Task:
 
 
 def held_out(count: int, seed: int) -> list[Task]:
-    """Tasks that training never sees: its generators are seeded with text, this with a number."""
+    """Tasks that training never sees: its generators are seeded with text, this one with a
+    number."""
     rng = random.Random(seed)
     return [make_task(rng) for _ in range(count)]

@@ -1,6 +1,6 @@
 """Train the tool caller (`build`) from scratch, on tasks (`tasks`) that are each used once.
 
-Must never read the held-out tasks: all its randomness comes from generators seeded with text,
+Must never use the held-out tasks: all randomness here comes from generators seeded with text, while
 `held_out` takes integers.
 """
 
@@ -25,7 +25,7 @@ from worker.demo.train import make_optimizers, schedule, shaken
 __all__ = ["main"]
 
 QUIET_SHARE = 0.25
-"""Share of tasks that are answered without a thought."""
+"""Share of tasks that are answered without thinking."""
 
 
 def make_example(tokenizer: Any, rng: random.Random) -> tuple[list[int], int]:
@@ -43,7 +43,7 @@ def batch_loss(model: Any, batch: list[tuple[list[int], int]]) -> torch.Tensor:
     wanted = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (tokens, prompt) in enumerate(batch):
         wanted[row, prompt : len(tokens)] = True
-    # No attention mask: attention is causal, so padding on the right is only seen by padding.
+    # No attention mask: attention is causal, so only padding attends to padding on the right.
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     rows, columns = wanted.nonzero().unbind(1)
     logits = model.lm_head(hidden[rows, columns - 1])
@@ -51,7 +51,7 @@ def batch_loss(model: Any, batch: list[tuple[list[int], int]]) -> torch.Tensor:
 
 
 def train(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
-    """Take steps for the given minutes."""
+    """Take the given number of steps."""
     rng = random.Random(f"tasks {options.seed}")
     optimizers = make_optimizers([model], 0.05)
     parameters = list(model.parameters())
@@ -63,7 +63,8 @@ def train(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
             key=lambda example: len(example[0]),
         )
         with shaken(model, options.shake):
-            # The longest apart: padding the rest to their length would cost half as much again.
+            # The longest get their own batch: padding the rest to their length would cost half as
+            # much again.
             for part in (batch[: options.batch * 3 // 4], batch[options.batch * 3 // 4 :]):
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     loss = batch_loss(model, part) * (len(part) / options.batch)
@@ -91,14 +92,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to save it")
     parser.add_argument("--steps", type=int, default=2500, metavar="N", help="default: 2500")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="tasks a step [64]")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="tasks per step [64]")
     parser.add_argument("--rate", type=float, default=3e-3, help="top learning rate [3e-3]")
     parser.add_argument(
         "--shake", type=float, default=0.0, metavar="S", help="noise on the weights [0]"
     )
-    parser.add_argument("--init", type=Path, metavar="DIR", help="go on with a saved model")
+    parser.add_argument("--init", type=Path, metavar="DIR", help="continue with a saved model")
     parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tasks [0]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and tasks [0]")
     parser.add_argument("--cases", type=int, default=500, help="held-out tasks at the end [500]")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)

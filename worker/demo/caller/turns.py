@@ -23,7 +23,7 @@ def prompt_text(tokenizer: Any, task: Task, *, thinking: bool) -> str:
 
 
 def answer_text(task: Task, *, thinking: bool) -> str:
-    """The turn after it. Without thinking the prompt has already closed an empty thought."""
+    """The turn after the prompt. Without thinking, the prompt already has an empty thought."""
     calls = (
         f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
         for name, arguments in task.calls

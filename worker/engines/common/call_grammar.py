@@ -41,8 +41,8 @@ _TURN: Final = ">>>"
 """Marks that begin any message, calls among them: gpt-oss's and Functionary's."""
 
 _JSON: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-"""Blanks in JSON: those that templates write, or none. The grammar around the JSON allows the same
-blanks and no others, so that a token may begin in one and end in the other."""
+"""Blanks in JSON: those that templates write, or none. The JSON shares only these blanks with the
+grammar around it, so that a token may begin in one and end in the other."""
 
 
 @dataclass(frozen=True, slots=True)

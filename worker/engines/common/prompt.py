@@ -134,8 +134,8 @@ class PromptBuilder:
         return len(self._unfitted(job).ids)
 
     def tokenized(self, job: Job) -> dict[str, Any]:
-        """Token ids of a text or of messages, and if asked for the tokens themselves and what is known
-        about the tokenizer (kind tokenize)."""
+        """Token ids of a text or of messages, and if asked for, the tokens themselves and what is
+        known about the tokenizer (kind tokenize)."""
         arguments = job.request.tokenize_args
         unknown = set(arguments) - _TOKENIZE_ARGUMENTS
         if unknown or not all(isinstance(value, bool) for value in arguments.values()):

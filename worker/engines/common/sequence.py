@@ -83,7 +83,7 @@ class Sequence:
     failed: bool = False
     #: Number of tokens of prompt and answer in the cache.
     filled: int = 0
-    #: Number of draft tokens after those that a launched step has computed.
+    #: Number of draft tokens that a launched step stores in the cache, after `filled`.
     drafted: int = 0
     #: M-RoPE: shift of text positions after the images of this sequence.
     rope_delta: int = 0

@@ -30,7 +30,7 @@ PROBE_S: Final = 300.0
 TRIED_TOKENS: Final = 16
 
 
-def _picture() -> str:
+def _grey_image() -> str:
     """A data URL of a grey PNG, 56 by 56 pixels: some models refuse images smaller than their
     patches."""
     side = 56
@@ -292,7 +292,7 @@ def _sees(server: Server, body: dict[str, Any]) -> bool:
     """Whether it takes images. Some servers silently drop them, so an image must make the prompt
     longer."""
     counts: list[int] = []
-    for more in ([], [{"type": "image_url", "image_url": {"url": _picture()}}]):
+    for more in ([], [{"type": "image_url", "image_url": {"url": _grey_image()}}]):
         content = [{"type": "text", "text": "What is this?"}, *more]
         asked = body | {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
         answer = _ask(server, "chat/completions", asked)

@@ -228,7 +228,7 @@ class IdsGenerator:
             "return_token_ids": True,
             "max_tokens": sequence.max_tokens - len(sequence.answer),
             "top_k": params.top_k or -1,
-            # Ends are found here: as stop tokens they are returned, as EOS they would not be.
+            # Ends are sent as stop tokens, which the server returns with the answer.
             "ignore_eos": True,
             "stop_token_ids": sorted(ends),
         }
