@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.releases import lock, trial
 
-TESTS = ("-n", "3", "--dist", "loadfile")
+TESTS = ("-n", "4", "--dist", "loadfile")
 
 
 def main() -> int:
