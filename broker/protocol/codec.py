@@ -14,12 +14,17 @@ import msgspec
 from broker.protocol.errors import ProtocolError
 from broker.protocol.limits import MAX_ARRAY_ITEMS, MAX_MAP_ITEMS, MAX_NESTING
 from broker.protocol.messages import (
+    Accepted,
+    Assign,
+    Cancel,
+    Credit,
     EndEvent,
     FailEvent,
     Ledger,
     OutputEvent,
     Request,
     TokensEvent,
+    Window,
 )
 from broker.protocol.nil import without_nil
 
@@ -41,6 +46,16 @@ _ANY_EVENTS: Final = msgspec.msgpack.Decoder(list[OutputEvent])
 extension type could hide (fields that a later version appends are skipped unread); memory grows
 with what has been read, not with what a length claims."""
 
+
+DIRECT: Final = (Accepted, Assign, Cancel, Credit, Ledger, Request, Window)
+"""Bodies of every request, between bytes and struct in one call: no field of theirs holds free-form
+values, in which an extension type could hide, but for a request, which is looked at."""
+_DECODERS: Final[dict[Any, msgspec.msgpack.Decoder[Any]]] = {
+    type_: msgspec.msgpack.Decoder(type_) for type_ in DIRECT
+}
+_DIRECT_BYTES: Final = MAX_MAP_ITEMS
+"""Nothing shorter has too many items."""
+_encode: Final = msgspec.msgpack.Encoder().encode
 
 _FREE_FORMS = (
     "tools",
@@ -92,12 +107,35 @@ def _reason(error: Exception) -> str:
 
 def encode(value: Any) -> bytes:
     """Encode a message body (any struct of `messages`)."""
+    # A request has so many fields that the length of its map would not be written as it is here.
+    if type(value) in _DECODERS and not isinstance(value, Request):
+        return _encode(value)
     return pack(msgspec.to_builtins(value, builtin_types=_BYTES))
 
 
 def decode(type_: type[T], body: bytes, limit_bytes: int) -> T:
     """Decode a message body into `type_`, checked. Raises `ProtocolError` that names the field."""
+    decoder = _DECODERS.get(type_)
+    if decoder is not None and len(body) <= min(limit_bytes, _DIRECT_BYTES):
+        try:
+            value: T = decoder.decode(body)
+        except (msgspec.MsgspecError, RecursionError, UnicodeError, OverflowError):
+            pass  # a nil to be passed over, or invalid: the slow path finds out
+        else:
+            if not (isinstance(value, Request) and _holds_free_form(value)):
+                return value
     return convert(unpack(body, limit_bytes), type_)
+
+
+def _holds_free_form(request: Request) -> bool:
+    # One by one: this is asked of every request, three times on its way.
+    if request.tools or request.tool_choice or request.template_args or request.questions:
+        return True
+    if request.embed_args or request.classify_args or request.tokenize_args:
+        return True
+    if request.state is not None or request.params.constraint is not None:
+        return True
+    return request.messages is not None and any([m.tool_calls for m in request.messages])
 
 
 def convert(value: Any, type_: type[T]) -> T:
@@ -198,4 +236,4 @@ def _is_free_form(event: OutputEvent) -> bool:
 
 def decode_ledger(frame: bytes, limit_bytes: int) -> Ledger:
     """Ledger frame of an OUTPUT with the LEDGER flag. Raises `ProtocolError`."""
-    return convert(unpack(frame, limit_bytes), Ledger)
+    return decode(Ledger, frame, limit_bytes)

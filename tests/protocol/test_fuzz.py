@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import msgpack
+import msgspec
+import msgspec.inspect
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -85,6 +87,47 @@ def test_valid_messages_with_bytes_flipped_cut_and_inserted(raw: bytes, data: An
             case _:
                 broken[at:at] = data.draw(st.binary(max_size=4))
     _only_protocol_error(bytes(broken))
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(codec.DIRECT), st.sampled_from(VALID), st.data())
+def test_what_is_decoded_in_one_call_is_what_the_checks_one_by_one_make_of_it(
+    type_: Any, raw: bytes, data: Any
+) -> None:
+    broken = bytearray(raw)
+    for _ in range(data.draw(st.integers(0, 2))):
+        at = data.draw(st.integers(0, max(0, len(broken) - 1)))
+        broken[at : at + data.draw(st.integers(0, 1))] = data.draw(st.binary(max_size=2))
+    try:
+        value = codec.convert(codec.unpack(bytes(broken), 1 << 16), type_)
+    except ProtocolError:
+        return
+    assert codec.decode(type_, bytes(broken), 1 << 16) == value
+    assert codec.encode(value) == codec.pack(msgspec.to_builtins(value, builtin_types=(bytes,)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"when": msgpack.Timestamp(1)}]},
+        {"tool_choice": {"when": msgpack.Timestamp(1)}},
+        {"template_args": {"when": msgpack.Timestamp(1)}},
+        {"state": msgpack.ExtType(5, b"")},
+        {"questions": {"q": {"type": "noul", "instructions": msgpack.Timestamp(1)}}},
+        {"params": {"constraint": {"type": "json_schema", "value": msgpack.Timestamp(1)}}},
+        {"messages": [{"role": "user", "tool_calls": [{"when": msgpack.Timestamp(1)}]}]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_no_extension_type_passes_in_a_free_form_value_of_a_request(fields: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError, match="not valid msgpack|extension type"):
+        codec.decode(m.Request, msgpack.packb({"model": "demo", "window": 1, **fields}), 1000)
+
+
+def test_only_a_request_holds_free_forms_of_what_is_decoded_in_one_call() -> None:
+    for type_ in codec.DIRECT:
+        free = "AnyType" in str(msgspec.inspect.type_info(type_))
+        assert free == (type_ is m.Request), type_
 
 
 @pytest.mark.parametrize(
