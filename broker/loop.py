@@ -69,6 +69,9 @@ _MONITOR_EVENT: Final = struct.Struct("=HI")
 # Plain integers: `|` on pyzmq's flags takes three times as long as receiving a frame.
 DONT_WAIT: Final = int(zmq.DONTWAIT)
 MORE_FOLLOWS: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
+EVENTS: Final = int(zmq.EVENTS)
+RECEIVES_MORE: Final = int(zmq.RCVMORE)
+READABLE: Final = int(zmq.POLLIN)
 SMALL_BYTES: Final = 64 * 1024
 """Below this size, copying a frame is cheaper than not copying it."""
 
@@ -126,6 +129,8 @@ class BrokerLoop:
         self._outgoing: dict[Side, dict[bytes, _Outgoing]] = {Side.FRONT: {}, Side.BACK: {}}
         self._retry_s = math.inf
         self._read_s = {Side.FRONT: math.inf, Side.BACK: math.inf}
+        #: Sockets that were found empty, and that were not used since: see `Readiness`.
+        self._empty: set[zmq.Socket[Any]] = set()
         #: Sides whose next frames are the rest of a message that is being discarded.
         self._skipping: set[Side] = set()
         self._running = True
@@ -153,7 +158,7 @@ class BrokerLoop:
         gate = self._gate
         asked = [back, front, *([gate.socket] if gate is not None else [])]
         signals = self._signals.fileno()
-        readiness = Readiness(asked, monitors, signals)
+        readiness = Readiness(asked, monitors, signals, self._empty)
         clock, core = self._clock, self._core
         busy_since_s = clock()
         while self._running:
@@ -171,14 +176,15 @@ class BrokerLoop:
             if signals in ready:
                 self._on_signals(now_s)
             if gate is not None and (gate.socket in ready or now_s >= gate.due_s):
+                self._empty.discard(gate.socket)
                 gate.answer(now_s)
             if gate is not None and now_s >= gate.look_s:
                 change = gate.look(now_s)
                 if change is not None:
                     self._feed(change, now_s)
-            if back not in ready or self._drain_back(now_s):
+            if back not in ready or self._drained(Side.BACK, now_s):
                 self._read_s[Side.BACK] = now_s
-            if front not in ready or self._drain_front(now_s):
+            if front not in ready or self._drained(Side.FRONT, now_s):
                 self._read_s[Side.FRONT] = now_s
             if self._gone:
                 self._report_gone(now_s)
@@ -256,6 +262,18 @@ class BrokerLoop:
 
     # --- receiving --------------------------------------------------------------------------------
 
+    def _drained(self, side: Side, now_s: float) -> bool:
+        """Read messages of one side; True if nothing was left to read."""
+        drained = self._drain_back(now_s) if side is Side.BACK else self._drain_front(now_s)
+        if drained:
+            self._empty.add(self._sockets[side])
+        return drained
+
+    def _has_more(self, side: Side) -> bool:
+        """Whether another message has come. Mostly one comes alone, and to receive in vain raises,
+        which takes as long as to receive several."""
+        return bool(int(self._sockets[side].getsockopt(EVENTS)) & READABLE)
+
     def _drain_back(self, now_s: float) -> bool:
         """Read workers' messages; True if nothing was left to read.
 
@@ -271,7 +289,9 @@ class BrokerLoop:
         if not self._skipped(Side.BACK):
             return False
         try:
-            for _ in range(BACK_BATCH):
+            for number in range(BACK_BATCH):
+                if number == 1 and not self._has_more(Side.BACK):
+                    return True
                 routing_id = receive(dont_wait)
                 head = receive(dont_wait)
                 way = forward(routing_id, head, now_s)
@@ -308,6 +328,8 @@ class BrokerLoop:
         except zmq.Again:
             return True
         finally:
+            if forwarded:
+                self._empty.discard(front)
             self.figures["forwarded_total"] += forwarded
             self.figures["forwarded_bytes_total"] += forwarded_bytes
         return False
@@ -344,9 +366,11 @@ class BrokerLoop:
         if not self._skipped(Side.FRONT):
             return False
         try:
-            for _ in range(FRONT_BATCH):
-                routing_id = receive(zmq.DONTWAIT)
-                head = receive(zmq.DONTWAIT)
+            for number in range(FRONT_BATCH):
+                if number == 1 and not self._has_more(Side.FRONT):
+                    return True
+                routing_id = receive(DONT_WAIT)
+                head = receive(DONT_WAIT)
                 self._feed(self._message(Side.FRONT, routing_id, head), now_s)
                 if Side.FRONT in self._skipping:
                     return False
@@ -360,19 +384,20 @@ class BrokerLoop:
         socket = self._sockets[side]
         frames = [head]
         key = ""
-        while socket.getsockopt(zmq.RCVMORE):
+        more = bool(socket.getsockopt(RECEIVES_MORE))
+        while more:
+            if len(frames) == MAX_FRAMES:
+                self._skip(side)
+                break
+            # A frame object knows whether another follows; to ask the socket takes longer.
+            frame = socket.recv(DONT_WAIT, copy=False)
+            more = frame.more
             if len(frames) == 1 and head[3:4] == HELLO_BYTE:
-                frame = socket.recv(zmq.DONTWAIT, copy=False)
                 key = str(frame.get("User-Id")) if self._gate is not None else ""
                 with contextlib.suppress(zmq.ZMQError):  # unknown for ZMTP before 3
                     descriptor = int(frame.get(zmq.SRCFD))
                     self._connections.named(side, descriptor, routing_id)
-                frames.append(frame.bytes)
-            elif len(frames) < MAX_FRAMES:
-                frames.append(socket.recv(zmq.DONTWAIT))
-            else:
-                self._skip(side)
-                break
+            frames.append(frame.bytes)
         return MessageReceived(side, routing_id, tuple(frames), key)
 
     def _skip(self, side: Side) -> None:
@@ -402,6 +427,7 @@ class BrokerLoop:
         waiting = self._outgoing[side].get(routing_id)
         if waiting is None:
             socket = self._sockets[side]
+            self._empty.discard(socket)
             try:
                 _send_now(socket, routing_id, frames)
                 return
@@ -449,6 +475,7 @@ class BrokerLoop:
         """Retry the messages that full peers could not take."""
         for side, peers in self._outgoing.items():
             socket = self._sockets[side]
+            self._empty.discard(socket)
             for routing_id, waiting in list(peers.items()):
                 try:
                     while waiting.messages:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import zmq
 
+_EVENTS: Final = int(zmq.EVENTS)
 _READABLE: Final = int(zmq.POLLIN)
 
 
@@ -23,12 +24,19 @@ class Readiness:
     """Waits for several sockets at once."""
 
     def __init__(
-        self, asked: Iterable[zmq.Socket[Any]], drained: Iterable[zmq.Socket[Any]], fd: int
+        self,
+        asked: Iterable[zmq.Socket[Any]],
+        drained: Iterable[zmq.Socket[Any]],
+        fd: int,
+        empty: set[zmq.Socket[Any]],
     ) -> None:
-        """`asked`: sockets that are also sent on; they are queried before every wait. `drained`:
-        sockets that their reader empties whenever they are ready, or else passes to `again`. `fd`:
-        a descriptor of the operating system."""
+        """`asked`: sockets that are also sent on; they are queried before every wait, but for those
+        in `empty`: the last operation on these found nothing to read. Their user puts them there,
+        and takes them out when something is sent on them. `drained`: sockets that their reader
+        empties whenever they are ready, or else passes to `again`. `fd`: a descriptor of the
+        operating system."""
         self._asked = tuple(asked)
+        self._empty = empty
         self._by_fd: dict[int, object] = {fd: fd}
         for socket in (*self._asked, *drained):
             self._by_fd[int(socket.getsockopt(zmq.FD))] = socket
@@ -46,10 +54,15 @@ class Readiness:
         """The sockets that can be read, and `fd` if it can; waits at most `timeout_s`
         for the first."""
         ready, self._again = self._again, set()
+        empty = self._empty
         for socket in self._asked:
-            if int(socket.getsockopt(zmq.EVENTS)) & _READABLE:
-                ready.add(socket)
+            if socket not in empty:
+                if int(socket.getsockopt(_EVENTS)) & _READABLE:
+                    ready.add(socket)
+                else:
+                    empty.add(socket)
         by_fd = self._by_fd
         for descriptor, _ in self._poll.poll(0 if ready else math.ceil(timeout_s * 1000)):
             ready.add(by_fd[descriptor])
+        empty.difference_update(ready)  # type: ignore[arg-type]
         return ready

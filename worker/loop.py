@@ -151,6 +151,10 @@ class Link:
         #: The system's own poll: `zmq.Poller` would query every socket and monitor twice.
         self._poll = select.poll()
         self._polled: list[tuple[int, int]] = []
+        self._signals_fd = self._signals.fileno()
+        self._ends_fd = -1 if ends is None else ends.fileno()
+        #: Those that never change.
+        self._always = [(fd, select.POLLIN) for fd in (self._signals_fd, self._ends_fd) if fd >= 0]
         self._heap = HeapTrimmer()
         self._exit: Exit | None = None
 
@@ -188,10 +192,10 @@ class Link:
             wait_s = 0.0
         # Rounded up: a poll that returned slightly early would cause a busy loop.
         ready = {fd for fd, _ in self._poller().poll(int(wait_s * 1000) + 1 if wait_s else 0)}
-        if self._signals.fileno() in ready:
+        if self._signals_fd in ready:
             for name in self._signals.take():
                 self._handle(events.StopRequested(name))
-        if self._ends is not None and self._ends.fileno() in ready:
+        if self._ends is not None and self._ends_fd in ready:
             for ends_s, why in self._ends.take():
                 self._handle(events.EndKnown(ends_s, why))
         pipes = self._supervisor.pipes
@@ -213,9 +217,7 @@ class Link:
 
     def _poller(self) -> select.poll:
         """The poll object, rebuilt only when the descriptors have changed."""
-        wanted = [(self._signals.fileno(), select.POLLIN)]
-        if self._ends is not None:
-            wanted.append((self._ends.fileno(), select.POLLIN))
+        wanted = self._always.copy()
         for pipe in self._supervisor.pipes:
             writing = select.POLLOUT if pipe.backlog_bytes else 0
             wanted.append((pipe.fileno(), select.POLLIN | writing))

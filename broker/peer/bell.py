@@ -42,6 +42,8 @@ class Bell:
         with contextlib.suppress(BlockingIOError):
             while more := self._hear.recv(_READ_BYTES):
                 written += more
+                if len(more) < _READ_BYTES:
+                    break  # all of it, without a read in vain, which raises
         return written
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ LINGER_MS: Final = 1000
 _LAST: Final = int(zmq.DONTWAIT)
 _MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
 _send: Final = BackendSocket.send
+_EVENTS: Final = int(zmq.EVENTS)
 _READABLE: Final = int(zmq.POLLIN)
 _WRITABLE: Final = int(zmq.POLLOUT)
 
@@ -105,6 +106,11 @@ class Dealer:
         self._secured = keys is not None
         #: In order: what the socket would not take.
         self._outgoing: deque[tuple[bytes, ...]] = deque()
+        #: The last look found nothing to do, and the socket was not touched since: until its
+        #: descriptor says so, there is nothing.
+        self._idle = False
+        #: Messages received since the socket was last found empty.
+        self._received = 0
         try:
             self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
             self.monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(_MONITORED)
@@ -150,8 +156,15 @@ class Dealer:
     def due(self) -> bool:
         """Something can be done without waiting. The descriptor need not say so: a send may have
         taken note of what came, so this is asked after the last send, before every wait."""
-        wanted = _READABLE | _WRITABLE if self._outgoing else _READABLE
-        return bool(int(self.socket.getsockopt(zmq.EVENTS)) & wanted)
+        if not self._idle:
+            self._look()
+        return not self._idle
+
+    def _look(self) -> int:
+        """Ask the socket what can be done: `_READABLE`, `_WRITABLE`."""
+        found = int(self.socket.getsockopt(_EVENTS))
+        self._idle = not found & (_READABLE | _WRITABLE if self._outgoing else _READABLE)
+        return found
 
     def send(self, frames: tuple[bytes, ...]) -> bool:
         """Send, or keep in order; False when the socket has just refused to take more."""
@@ -173,6 +186,7 @@ class Dealer:
         # Frame by frame: `send_multipart` costs twice as much. Only the first can be refused.
         socket = self.socket
         last = len(frames) - 1
+        self._idle = False
         try:
             for index, frame in enumerate(frames):
                 _send(socket, frame, _MORE if index < last else _LAST)
@@ -184,10 +198,19 @@ class Dealer:
         """The next message, if there is one. A frame object knows whether another follows; asking
         the socket takes longer than receiving."""
         socket = self.socket
+        # To find nothing raises, which takes as long as to receive several messages. Mostly one has
+        # come, so after it the socket is asked; of a burst, the rest is read to its end.
+        if self._received == 1 and not self._look() & _READABLE:
+            self._received = 0
+            return None
         try:
             frame = socket.recv(_LAST, copy=False)
         except zmq.Again:
+            self._received = 0
+            self._idle = not self._outgoing
             return None
+        self._idle = False
+        self._received += 1
         frames = [frame.bytes]
         while frame.more:
             frame = socket.recv(_LAST, copy=False)

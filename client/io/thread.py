@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import threading
 import time
 from collections import deque
 from typing import Final
-
-import zmq
 
 from broker.peer.bell import Bell
 from client.core import events
@@ -133,18 +132,19 @@ class Transport:
     def _poll(self, driver: Driver) -> None:
         bell = self._bell
         assert bell is not None
-        poller = zmq.Poller()
-        poller.register(bell.fileno(), zmq.POLLIN)
+        # The system's poll on descriptors: `zmq.Poller` would query every socket twice per wait.
+        poll = select.poll()
+        poll.register(bell.fileno(), select.POLLIN)
 
         def opened() -> None:
             assert driver.dealer is not None
-            poller.register(driver.dealer.socket, zmq.POLLIN)
-            poller.register(driver.dealer.monitor, zmq.POLLIN)
+            poll.register(driver.dealer.fd, select.POLLIN)
+            poll.register(driver.dealer.monitor_fd, select.POLLIN)
 
         def closing() -> None:
             assert driver.dealer is not None
-            poller.unregister(driver.dealer.socket)
-            poller.unregister(driver.dealer.monitor)
+            poll.unregister(driver.dealer.fd)
+            poll.unregister(driver.dealer.monitor_fd)
 
         driver.watched_by(opened, closing)
         reported = True
@@ -155,17 +155,12 @@ class Transport:
             if driver.stopped:
                 return
             dealer = driver.dealer
-            if dealer is not None:
-                poller.register(dealer.socket, zmq.POLLIN | (zmq.POLLOUT if dealer.blocked else 0))
-            ready = poller.poll(_patience_ms(driver))
-            reported = False
-            for found, _ in ready:
-                if dealer is not None and found is dealer.monitor:
-                    reported = True
-                elif found == bell.fileno():
-                    bell.heard()
-                    # Before the queue is read, so that an event added meanwhile wakes us again.
-                    self._woken = False
+            ready = {fd for fd, _ in poll.poll(0 if driver.unsettled else _patience_ms(driver))}
+            reported = dealer is not None and dealer.monitor_fd in ready
+            if bell.fileno() in ready:
+                bell.heard()
+                # Before the queue is read, so that an event added meanwhile wakes us again.
+                self._woken = False
 
     def _handle_events(self, driver: Driver) -> None:
         waiting = self._events

@@ -125,6 +125,8 @@ class _Socket:
         return raw if copy else _Frame(raw, self._more)
 
     def getsockopt(self, option: int) -> int:
+        if option == zmq.EVENTS:
+            return zmq.POLLIN if self.frames else 0
         assert option == zmq.RCVMORE
         return int(self._more)
 

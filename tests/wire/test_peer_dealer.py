@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import zmq
 from broker.peer.dealer import CannotConnect, Dealer, Party, Report
 from broker.peer.keys import Keys
 from client.io.driver import CLIENT
-from tests.harness import wait_until
+from tests.harness import PATIENCE_S, wait_until
 from worker.loop import WORKER
 from worker.relay.__main__ import RELAY
 
@@ -81,6 +82,51 @@ def test_messages_go_both_ways_and_the_monitor_says_that_it_is_connected(
     got = [wait_until(dealer.receive, "a message") for _ in range(2)]
     assert got == [(b"one",), (b"two", b"more")]
     assert dealer.receive() is None
+
+
+def readable(dealer: Dealer) -> bool:
+    """What a loop waits for: something to do, or its descriptor."""
+    return dealer.due() or bool(select.select([dealer.fd], [], [], PATIENCE_S)[0])
+
+
+def test_no_message_is_missed_by_who_waits_for_the_descriptor(
+    router: zmq.Socket[bytes], make: MakeDealer
+) -> None:
+    dealer = make(listening(router))
+    assert reported(dealer).connected
+    dealer.send((b"hello",))
+    name, _ = router.recv_multipart()
+    for burst in (1, 1, 2, 1, 5, 3, 1):
+        for number in range(burst):
+            router.send_multipart([name, b"%d" % number])
+        if burst == 2:
+            dealer.send((b"a send may take note of what came",))
+        got: list[tuple[bytes, ...]] = []
+        while len(got) < burst:
+            assert readable(dealer), f"{got} of {burst}"
+            while (frames := dealer.receive()) is not None:
+                got.append(frames)
+        assert got == [(b"%d" % number,) for number in range(burst)]
+        assert not dealer.due()
+
+
+def test_a_single_message_is_received_without_a_second_try(
+    router: zmq.Socket[bytes], make: MakeDealer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dealer = make(listening(router))
+    assert reported(dealer).connected
+    dealer.send((b"hello",))
+    name, _ = router.recv_multipart()
+    router.send_multipart([name, b"alone"])
+    assert wait_until(dealer.due, "a message")
+    tried: list[object] = []
+    real = zmq.Socket.recv
+    monkeypatch.setattr(
+        zmq.Socket, "recv", lambda socket, *a, **k: tried.append(a) or real(socket, *a, **k)
+    )
+    assert dealer.receive() == (b"alone",)
+    assert dealer.receive() is None
+    assert len(tried) == 1
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")

@@ -10,6 +10,7 @@ Must never import zmq or torch.
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import struct
@@ -35,6 +36,9 @@ class Pipe:
     def __init__(self, end: socket.socket, *, blocking: bool) -> None:
         self._socket = end
         end.setblocking(blocking)
+        self._waits = blocking
+        self._poll = select.poll()
+        self._poll.register(end, select.POLLIN)
         self._received = bytearray()
         self._outgoing: deque[memoryview] = deque()
         #: Number of bytes that wait for the other side to read.
@@ -101,8 +105,12 @@ class Pipe:
         """The complete messages that have arrived, in order; waits up to `timeout_s` for the first
         (None: for ever). Raises `PipeClosed` when the other side is gone and everything was read.
         """
-        if timeout_s != 0.0:
-            select.select([self._socket], [], [], timeout_s)
+        if self._waits or timeout_s != 0.0:
+            # An engine looks once a step, mostly in vain: to be told so costs less than a read that
+            # raises. The link's end is read once its poller has found it readable.
+            wait_ms = None if timeout_s is None else math.ceil(timeout_s * 1000)
+            if not self._poll.poll(wait_ms):
+                return []
         received = self._received
         limit = len(received) + _READ_AT_ONCE_BYTES
         closed = False
