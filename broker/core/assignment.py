@@ -23,13 +23,14 @@ def assign(bus: BusState, request: RequestState, worker: WorkerSession) -> None:
     if worker.turns:
         worker.used[request.model] = bus.now_s
     request.assigned_s = bus.now_s
+    frames, request.frames = request.frames, ()
+    attach(bus, request, worker, frames, attach=False)
+    # ASSIGN is on its way: what follows keeps no first token waiting.
     bus.counters["assigned"] += 1
     bus.figures.assigned(request, bus.now_s)
     waiting.started(bus, request)
     fairness.charge(bus, request)
     pace.begins_at(request, worker)
-    frames, request.frames = request.frames, ()
-    attach(bus, request, worker, frames, attach=False)
 
 
 def attach(
@@ -46,7 +47,6 @@ def attach(
     request.worker = worker
     request.worker_name = worker.name
     request.to(Phase.RUNNING, bus.now_s)
-    bus.note_running(request)
     assign = Assign(
         reply_to=bus.route_to(worker, client).id,
         epoch=request.epoch,
@@ -54,6 +54,7 @@ def attach(
         attach=attach,
     )
     bus.send(worker, MessageType.ASSIGN, request.id, codec.encode(assign), *frames)
+    bus.note_running(request)
     if request.window > request.window_sent:
         body = codec.encode(Window(limit=request.window))
         bus.send(worker, MessageType.WINDOW, request.id, body)

@@ -81,6 +81,9 @@ from broker.protocol.messages import (
 
 T = TypeVar("T")
 
+_LEDGER: Final = int(Flag.LEDGER)
+"""`&` of an enum's flag takes as long as the rest of the check."""
+
 
 class BrokerCore(BusState):
     """All state of a broker and every rule about it."""
@@ -262,13 +265,10 @@ class BrokerCore(BusState):
 
     def _on_output(self, worker: WorkerSession, head: Header, frames: Frames) -> None:
         """OUTPUT with a ledger, or on a route that is gone or whose bodies must be read."""
-        ledger = None
-        if head.flags & Flag.LEDGER:
-            if len(frames) != 3:
-                raise ProtocolError(f"OUTPUT with a ledger has 3 frames, not {len(frames)}")
-            ledger = codec.decode_ledger(frames[2], limits.MAX_HELLO_BYTES)
-        elif len(frames) != 2:
-            raise ProtocolError(f"OUTPUT without a ledger has 2 frames, not {len(frames)}")
+        has_ledger = bool(head.flags & _LEDGER)
+        if len(frames) != 2 + has_ledger:
+            which = "with a ledger has 3" if has_ledger else "without a ledger has 2"
+            raise ProtocolError(f"OUTPUT {which} frames, not {len(frames)}")
         if len(frames[1]) > limits.MAX_OUTPUT_BYTES:
             raise ProtocolError(
                 f"OUTPUT of {len(frames[1])} bytes; the limit is {limits.MAX_OUTPUT_BYTES}"
@@ -283,7 +283,9 @@ class BrokerCore(BusState):
         else:
             # Its client is gone, or the worker answers to an earlier session.
             self.counters["output_without_route"] += 1
-        if ledger is not None:
+        if has_ledger:
+            # Read once the events are on their way.
+            ledger = codec.decode_ledger(frames[2], limits.MAX_HELLO_BYTES)
             for request_id in ledger.started:
                 request = worker.running.get(request_id)
                 former = request_id in worker.moving

@@ -15,6 +15,7 @@ A plan holds for one look at the queue and changes nothing. Called by `dispatch`
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Sequence
@@ -49,10 +50,15 @@ class Plan:
         self._bus = bus
         self._model = model
         self._mean_s = bus.service_s.get(model, 1.0)
-        #: By worker, in how many seconds each slot is free; a heap.
-        self._slots: dict[bytes, list[float]] = {}
-        workers = bus.registry.serving(model).values()
-        for worker in workers:
+        self.reach = max(1, min(REACH, STEPS // max(1, len(bus.registry.serving(model)))))
+
+    @functools.cached_property
+    def _slots(self) -> dict[bytes, list[float]]:
+        """By worker, in how many seconds each slot is free; a heap. Everything that runs is looked
+        at, so only once there is a choice."""
+        bus, model = self._bus, self._model
+        found: dict[bytes, list[float]] = {}
+        for worker in bus.registry.serving(model).values():
             if worker.fit and worker.has_loaded(model) and worker.alone is None:
                 slots = [0.0] * worker.room(model)
                 for request in worker.running.values():
@@ -60,8 +66,8 @@ class Plan:
                     slots.append(self._mean_s / 2 if needs_s is None else needs_s)
                 heapq.heapify(slots)
                 if slots:
-                    self._slots[worker.id] = slots
-        self.reach = max(1, min(REACH, STEPS // max(1, len(workers))))
+                    found[worker.id] = slots
+        return found
 
     def place(
         self,
@@ -140,6 +146,8 @@ def choose(
     serving: Sequence[WorkerSession],
 ) -> WorkerSession | None:
     """One of the free workers, or None: the request waits."""
+    if len(free) == len(serving) == 1:
+        return free[0]
     if not knows(bus, request):
         return placement.least_loaded(request, free, serving, bus.generator)
     return plan.place(request, free, serving)
@@ -148,7 +156,7 @@ def choose(
 def even_out(bus: BusState, model: str) -> None:
     """Nothing waits for the model: the stream that gains most moves to a faster worker with a free
     slot, if one gains enough. One at a time: the next look comes when it is back."""
-    if model in bus.queues or bus.on_their_way(model):
+    if len(bus.registry.serving(model)) < 2 or model in bus.queues or bus.on_their_way(model):
         return
     free = bus.registry.available(model)
     best, most_s = None, 0.0

@@ -15,7 +15,7 @@ from broker.core.events import Side
 from broker.core.phases import MOVES, IllegalMoveError, Move, Phase
 from broker.core.resume_pace import ResumePace
 from broker.core.speed import Speed
-from broker.protocol.header import MessageType, prefix, seal
+from broker.protocol.header import MessageType, encode, prefix
 from broker.protocol.liveness import Liveness
 from broker.protocol.messages import Continuation, Heartbeat, Hello, ModelInfo, WorkerState
 
@@ -74,7 +74,7 @@ class Session(Liveness):
         sequence = self.sequence
         self.sequence = sequence + 1
         self.sent(now_s)
-        return seal(prefix(type_, id_), sequence)
+        return encode(type_, id_, sequence)
 
 
 class ClientSession(Session):
