@@ -80,6 +80,7 @@ from client.gateway.peers import Peers, anywhere
 from client.gateway.reattach import Store
 from client.gateway.sagemaker import sagemaker_routes
 from client.gateway.scoring.routes import scoring_routes
+from client.gateway.sse import Stopping
 from client.gateway.state import Gateway
 from client.gateway.systemone.routes import system_one
 from client.gateway.tokens.routes import input_tokens, token_routes
@@ -124,7 +125,7 @@ def create_app(config: Config) -> Starlette:
             )
             app.state.gateway = gateway
             #: Set when open streams must end.
-            app.state.stopping = asyncio.Event()
+            app.state.stopping = Stopping()
             #: Set when connections that wait for a request must end.
             app.state.leaving = asyncio.Event()
             watching = [

@@ -322,7 +322,7 @@ class Server(uvicorn.Server):
         """End open streams with an event that says so; then cancel whatever else runs, which
         answers it with an error."""
         assert self._loop is not None
-        self._app.state.stopping.set()
+        self._app.state.stopping.begin()
         self._loop.call_later(LAST_WORDS_S, self._cancel)
 
     def _cancel(self) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "STOPPING",
     "EventStream",
     "Source",
+    "Stopping",
     "encode",
     "until_disconnect",
 ]
@@ -116,15 +117,20 @@ class EventStream(Response):
         # One task drives the source from start to end, as asynchronous generators require.
         writer = asyncio.create_task(self._write(scope, receive, send))
         leaving = asyncio.create_task(_disconnected(receive))
-        stopping = asyncio.create_task(scope["app"].state.stopping.wait())
-        tasks: set[asyncio.Task[Any]] = {writer, leaving, stopping}
+        tasks: set[asyncio.Task[Any]] = {writer, leaving}
+        stopping: Stopping = scope["app"].state.stopping
+        over = asyncio.get_running_loop().create_future()
+
+        def end(_: object = None) -> None:
+            if not over.done():
+                over.set_result(None)
+
+        for task in tasks:
+            task.add_done_callback(end)
+        stopping.tell(end)
         try:
-            while not any(task.done() for task in tasks):
-                await asyncio.wait(
-                    tasks,
-                    timeout=self._keep_alive_in_s(send),
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
+            while not over.done():
+                await asyncio.wait({over}, timeout=self._keep_alive_in_s(send))
             if not writer.done() and leaving.done():
                 self.outcome = STATUS_LEFT
             elif not writer.done():
@@ -134,6 +140,7 @@ class EventStream(Response):
                 self.outcome = self.failure.status
                 await self._last_words(scope, receive, send, self.failure)
         finally:
+            stopping.forget(end)
             if self._comment is not None:
                 tasks.add(self._comment)
             for task in tasks:
@@ -215,6 +222,31 @@ class EventStream(Response):
                 }
             )
         await send({"type": "http.response.body", "body": raw, "more_body": not over})
+
+
+class Stopping:
+    """The gateway's grace period is over: tells everything that still streams. A call, and no task
+    that waits: there may be thousands."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._told: set[Callable[[], None]] = set()
+
+    def begin(self) -> None:
+        """Now."""
+        self._begun = True
+        for call in tuple(self._told):
+            call()
+
+    def tell(self, call: Callable[[], None]) -> None:
+        """Call this then, or at once if that has been."""
+        self._told.add(call)
+        if self._begun:
+            call()
+
+    def forget(self, call: Callable[[], None]) -> None:
+        """It need not be called any more."""
+        self._told.discard(call)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -140,12 +140,17 @@ class Progress:
         """Account for an event; returns what is new."""
         parser = self._parser
         match event:
+            case Delta():
+                if parser is None and event.pieces is None:
+                    # Every token of most chats.
+                    self._tokens += event.tokens
+                    return [tools.Text(event.text)]
+                if not self._is_satisfied:
+                    self._tokens += event.tokens
+                    return self._read(event)
             case Prompted():
                 self.prompt_usage = event.prompt.usage
                 self._begun = event
-            case Delta() if not self._is_satisfied:
-                self._tokens += event.tokens
-                return self._read(event)
             case Finish():
                 self.usage, self.finish_reason = event.end.usage, event.end.finish_reason
                 self.stopped_by, self.continued = event.end.stopped_by, event.end.continued

@@ -328,7 +328,7 @@ class Answer:
                 yield out
                 out = []
             await self.keep(await aside(self.logprob_bytes, self.complete))
-        yield [*out, *self._chunks.last(self._usage()), DONE]
+        yield [*out, *self._chunks.last(self._usage), DONE]
 
     def _tell(self, event: ChoiceEvent, out: list[bytes]) -> None:
         """Account for one bus event, and append the chunks that the reader gets."""

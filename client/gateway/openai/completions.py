@@ -204,7 +204,7 @@ class _Answer:
                 if out and running:
                     yield out
                     out = []
-        yield [*out, *self._chunks.last(self._usage()), DONE]
+        yield [*out, *self._chunks.last(self._usage), DONE]
 
     def _unread(
         self, event: ChoiceEvent, text: str, logprobs: list[TokenLogprob]

@@ -7,8 +7,9 @@ a pydantic model.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -113,6 +114,26 @@ class UsageSoFar:
         )
 
 
+@functools.lru_cache(maxsize=64)
+def _empty_chunk(shape: type[BaseModel], kind: str, model: str) -> bytes:
+    """A chunk without a choice, for `%`; written once for all answers of a model."""
+    empty = shape(
+        id="@",
+        object=kind,
+        created=0,
+        model=model,
+        choices=[],
+        system_fingerprint=FINGERPRINT,
+    )
+    return dumped(empty).replace(b"%", b"%%")
+
+
+#: What each answer fills in. Neither field can occur inside a string, where its quotes would be
+#: escaped.
+_ID_FIELD: Final = b'"id":"@"'
+_CREATED_FIELD: Final = b'"created":0'
+
+
 class Chunks:
     """The chunks of one streamed answer, as events. Their common parts are written once."""
 
@@ -130,15 +151,10 @@ class Chunks:
     ) -> None:
         """`shape`: a type of the `openai` package; `kind`: its `object` field. `logprobs`: whether
         log probabilities or ids of tokens are sent."""
-        empty = shape(
-            id=position.answer,
-            object=kind,
-            created=int(time.time()),
-            model=model,
-            choices=[],
-            system_fingerprint=FINGERPRINT,
-        )
-        head, before, behind = dumped(empty).replace(b"%", b"%%").partition(b'"choices":[')
+        empty = _empty_chunk(shape, kind, model)
+        empty = empty.replace(_ID_FIELD, b'"id":"%b"' % position.answer.encode(), 1)
+        empty = empty.replace(_CREATED_FIELD, b'"created":%d' % int(time.time()), 1)
+        head, before, behind = empty.partition(b'"choices":[')
         self.reader = Reader(position, choices, tokens=logprobs)
         #: Template to be filled with the id, the choice and the usage.
         self._format = (
@@ -156,12 +172,12 @@ class Chunks:
             beside += b',"usage":' + so_far
         return self._format % (*self.reader.next_id(), choice, beside)
 
-    def last(self, usage: CompletionUsage) -> list[bytes]:
+    def last(self, usage: Callable[[], CompletionUsage]) -> list[bytes]:
         """The events after all choices: their usage, if requested and not read yet."""
         if not self._with_usage or self.reader.read_usage:
             return []
         id_ = self.reader.next_id(usage=True)
-        return [self._format % (*id_, b"", b',"usage":' + dumped(usage))]
+        return [self._format % (*id_, b"", b',"usage":' + dumped(usage()))]
 
 
 def _finite(logprob: float | None) -> float:
