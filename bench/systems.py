@@ -115,16 +115,19 @@ class Bus:
             **self.params,
         )
         got = 0
+        texts: list[str] = []
         async for event in stream:
             token_ids = getattr(event, "token_ids", None)
             if token_ids:
                 arrived(now())
                 got += len(token_ids)
-                if self.clock:
-                    made_s = [int(made) / 1e9 for made in event.text.split()]
-                    now_s = time.monotonic()
-                    arrivals.made_s += made_s
-                    arrivals.delays_s += [now_s - each for each in made_s]
+                texts.append(event.text)
+        if self.clock:
+            # Reckoned afterwards: a delay is the bus's, not that of reading the clock's figures.
+            for at_s, text in zip(arrivals.at_s, texts, strict=True):
+                made_s = [int(made) / 1e9 for made in text.split()]
+                arrivals.made_s += made_s
+                arrivals.delays_s += [at_s - each for each in made_s]
         if got != tokens:
             raise RuntimeError(f"a stream of {tokens} tokens ended after {got}")
         return arrivals
