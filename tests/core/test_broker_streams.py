@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from broker.core import pace
 from broker.core.events import Tick
 from broker.core.instructions import Instruction, Send
 from broker.protocol import codec, header
@@ -63,6 +64,37 @@ def test_messages_leave_in_order_before_the_rest_of_their_event_is_worked_out() 
     ]
     assert not bus.core.workers[worker.routing_id].running
     assert bus.core.handle(Tick(), bus.now_s) == [], "nothing is carried out twice"
+
+
+def test_assign_leaves_before_its_accounts_are_written() -> None:
+    bus = Bus()
+    bus.worker()
+    client = bus.client()
+    assigned: list[int] = []
+
+    def carry_out(instruction: Instruction) -> None:
+        is_send = isinstance(instruction, Send)
+        if is_send and header.decode(instruction.frames[0]).type is MessageType.ASSIGN:
+            assigned.append(bus.core.counters["assigned"])
+
+    bus.core.instruct = carry_out
+    client.request()
+    assert assigned == [0]
+    assert bus.core.counters["assigned"] == 1
+
+
+def test_where_one_worker_serves_the_model_nothing_is_reckoned_to_choose_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bus = Bus()
+    worker, client = bus.worker(slots=8), bus.client()
+    for tokens in range(1, 9):
+        client.request()
+        worker.finish(worker.assigned()[-1], tokens=tokens)
+    monkeypatch.setattr(pace, "needs_s", None)
+    for _ in range(8):
+        client.request()
+    assert len(worker.assigned()) == 8
 
 
 def test_attachments_travel_unchanged() -> None:

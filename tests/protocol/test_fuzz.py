@@ -120,7 +120,7 @@ def test_what_is_decoded_in_one_call_is_what_the_checks_one_by_one_make_of_it(
     ids=lambda fields: next(iter(fields)),
 )
 def test_no_extension_type_passes_in_a_free_form_value_of_a_request(fields: dict[str, Any]) -> None:
-    with pytest.raises(ProtocolError, match="not valid msgpack|extension type"):
+    with pytest.raises(ProtocolError, match=r"not valid msgpack|extension type"):
         codec.decode(m.Request, msgpack.packb({"model": "demo", "window": 1, **fields}), 1000)
 
 
