@@ -64,5 +64,5 @@ class Readiness:
         by_fd = self._by_fd
         for descriptor, _ in self._poll.poll(0 if ready else math.ceil(timeout_s * 1000)):
             ready.add(by_fd[descriptor])
-        empty.difference_update(ready)  # type: ignore[arg-type]
+        empty.difference_update(ready)
         return ready
