@@ -45,6 +45,7 @@ def test_a_tokenizer_tells_its_class_tokens_and_template() -> None:
 def test_the_marks_of_each_family_are_found(names: tuple[str, ...]) -> None:
     tokenizer = with_tokens(*names)
     found = infill_tokens(tokenizer)
+    assert found.pop("begins") == []
     assert [tokenizer.convert_ids_to_tokens(id_) for id_ in found.values()] == list(names)
     assert list(found)[:3] == ["prefix", "suffix", "middle"]
 
@@ -53,9 +54,11 @@ def test_the_marks_of_each_family_are_found(names: tuple[str, ...]) -> None:
 
         def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
             known = tokenizer.get_vocab()
+            if add_special_tokens:
+                return {"input_ids": [7]}
             return {"input_ids": [known[text]] if text in names else [1, 2]}
 
-    assert infill_tokens(Own()) == found
+    assert infill_tokens(Own()) == {**found, "begins": [7]}
 
 
 def test_a_model_without_all_of_them_has_none() -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from broker.protocol.messages import Kind
-from client import calls
 from client.gateway.context import RequestContext
 from client.gateway.convert import Generation, checked
 from client.gateway.errors import invalid
@@ -80,16 +79,23 @@ class InfillForm:
 
 async def infill_form(context: RequestContext, model: str, field: str) -> InfillForm:
     """The model's form. Raises GatewayError naming `field` if it has none."""
-    request = request_of(context, model, Kind.TOKENIZE, prompt="", tokenize_args={"infill": True})
+    request = request_of(
+        context,
+        model,
+        Kind.TOKENIZE,
+        prompt="",
+        tokenize_args={"add_special_tokens": False, "infill": True},
+    )
     end = await ask(context, request, (), field)
-    marks = (end.result or {}).get("infill")
+    marks = dict((end.result or {}).get("infill") or {})
     if not marks:
         raise invalid(
             field,
             f"`{field}` is not served for model {model!r}: its tokenizer has no tokens for filling "
             "in a middle (such as <|fim_prefix|>, <|fim_suffix|> and <|fim_middle|>).",
         )
-    return InfillForm(context, model, dict(marks), calls.field_of(end, "token_ids"))
+    begins = marks.pop("begins", [])
+    return InfillForm(context, model, marks, begins)
 
 
 async def with_suffix(

@@ -74,15 +74,18 @@ def tokenizer_facts(facts: ModelFacts) -> dict[str, Any]:
     return told
 
 
-def infill_tokens(tokenizer: Any) -> dict[str, int]:
-    """Ids of the tokens for filling in a middle; empty for a model that has no form for it."""
-    found: dict[str, int] = {}
+def infill_tokens(tokenizer: Any) -> dict[str, Any]:
+    """Ids of the tokens for filling in a middle by role, and those that `begins` every prompt;
+    empty for a model that has no form for it."""
+    found: dict[str, Any] = {}
     for role, names in _INFILL.items():
         for name in names:
             if (id_ := _id_of(tokenizer, name)) is not None:
                 found[role] = id_
                 break
-    return found if {"prefix", "suffix", "middle"} <= set(found) else {}
+    if not {"prefix", "suffix", "middle"} <= set(found):
+        return {}
+    return {**found, "begins": list(tokenizer("", add_special_tokens=True)["input_ids"])}
 
 
 def _id_of(tokenizer: Any, name: str) -> int | None:

@@ -46,7 +46,7 @@ def image_size(data: bytes) -> str:
     return f"{len(data)} bytes"
 
 
-INFILL: Final = {"prefix": 1, "suffix": 2, "middle": 3, "file": 28}
+INFILL: Final[dict[str, Any]] = {"prefix": 1, "suffix": 2, "middle": 3, "file": 28, "begins": []}
 """Control characters, which texts rarely have; an echo shows them."""
 
 
