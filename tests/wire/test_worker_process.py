@@ -159,7 +159,7 @@ def test_a_prompt_that_breaks_every_engine_is_poison(one: Bus) -> None:
         one.client().generate(
             PROMPT, model="echo", template_args={"echo": {"exit_at": 2, "fault_resumed": 1}}
         )
-    assert error.value.code in ("poison", "worker_lost")
+    assert error.value.code == "poison"
     one.wait_idle()
 
 
