@@ -204,7 +204,7 @@ def test_a_layer_that_fits_no_group_is_refused(tmp_path: Path) -> None:
         return store_packed(weight, 8 if "mlp" in name else 4)
 
     checkpoint(tmp_path, model, store, format="pack-quantized", config_groups=groups)
-    with pytest.raises(EngineLoadError, match=r"belongs to none of the quantisation groups"):
+    with pytest.raises(EngineLoadError, match=r"fit none of the quantisation groups"):
         load(tmp_path, dtype="float32")
 
 

@@ -560,7 +560,7 @@ def test_a_draft_model_of_another_vocabulary_is_refused_with_the_cause(model: An
     with pytest.raises(EngineLoadError, match=r"its vocabulary is not .* tokens differ, such as"):
         check_vocabulary(target, other)
     short = wrap_model(tiny.llama(vocabulary=400), tiny.tokenizer())
-    with pytest.raises(EngineLoadError, match="reads 400 tokens"):
+    with pytest.raises(EngineLoadError, match="embeddings for 400 tokens"):
         check_vocabulary(target, short)
 
 
