@@ -7,6 +7,7 @@ among several free workers; `queue` says whose turn it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 from broker.core import (
@@ -44,7 +45,10 @@ def run(bus: BusState) -> None:
 
 def _assign(bus: BusState) -> None:
     while bus.dirty:
-        for model in sorted(bus.dirty, key=lambda model: _last_served(bus, model)):
+        turns: Sequence[str] = tuple(bus.dirty)
+        if len(turns) > 1:
+            turns = sorted(turns, key=lambda model: _last_served(bus, model))
+        for model in turns:
             if not _assign_next(bus, model):
                 bus.dirty.discard(model)
 

@@ -184,7 +184,7 @@ def check_free_forms(request: Request) -> None:
     """Bound every free-form value of a request. Raises `ProtocolError` that names the field."""
     for field in _FREE_FORMS:
         value = getattr(request, field)
-        if value is not None:  # few requests have any
+        if value is not None and value != {}:  # few requests have any
             check_free_form(value, field)
     for name, question in (request.questions or {}).items():
         check_free_form(question.instructions, f"questions[{name!r}].instructions")

@@ -86,7 +86,7 @@ def test_assign_leaves_before_its_accounts_are_written() -> None:
 def test_where_one_worker_serves_the_model_nothing_is_reckoned_to_choose_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bus = Bus()
+    bus = Bus(placement="fastest_finish")
     worker, client = bus.worker(slots=8), bus.client()
     for tokens in range(1, 9):
         client.request()
