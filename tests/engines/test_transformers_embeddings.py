@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from broker.protocol.messages import Kind, Request, new_id
 from tests.engines import tiny
@@ -224,3 +225,20 @@ def test_embedding_goes_on_beside_running_streams() -> None:
         assert len(answers[1].ended.result["embeddings"]) == 100
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize(
+    ("activation", "cause"),
+    [("torch.nn.modules.activation.Tanh", "has no model.safetensors"), ("own.Curve", "own.Curve")],
+)
+def test_a_dense_layer_that_cannot_be_made_is_said_so(
+    activation: str, cause: str, tmp_path: Path
+) -> None:
+    sentence_model(tmp_path, "Pooling", "Dense", pooling={"pooling_mode": "mean"})
+    dense = tmp_path / "2_Dense"
+    dense.mkdir()
+    (dense / "config.json").write_text(json.dumps({"activation_function": activation}))
+    if "own" in activation:
+        save_file({"linear.weight": torch.eye(32)}, dense / "model.safetensors")
+    with pytest.raises(EngineLoadError, match=cause):
+        load(tmp_path)

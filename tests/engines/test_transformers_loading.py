@@ -11,19 +11,20 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from broker.protocol.messages import FinishReason, Kind
 from tests.engines import tiny
 from tests.engines.architectures import vision_model
 from tests.engines.tiny import load, plain
 from worker.engines.base import EngineLoadError, EngineOptions
-from worker.engines.transformers import build, loader
+from worker.engines.transformers import build, loader, memory
 from worker.engines.transformers.loading.quantise import modules_to_skip, normalise_skip_names
 from worker.engines.transformers.quiet import quiet_libraries
 from worker.engines.transformers.settings import parse_settings
@@ -231,7 +232,8 @@ def test_auto_takes_bfloat16_on_a_cpu_where_it_pays(
 
     def picked(stored: str, size: int, memory_bytes: int = 0) -> torch.dtype:
         options = EngineOptions(memory_bytes=memory_bytes)
-        return loader._pick_dtype(options, LlamaConfig(dtype=stored), torch.device("cpu"), size)
+        config = LlamaConfig(dtype=stored)
+        return loader._pick_dtype(options, config, torch.device("cpu"), size, AutoModelForCausalLM)
 
     for half in ("bfloat16", "float16"):
         assert picked(half, 100 << 20) is torch.float32
@@ -240,6 +242,39 @@ def test_auto_takes_bfloat16_on_a_cpu_where_it_pays(
         assert picked(half, 5 << 30) is torch.bfloat16, "in float32 it takes half of the memory"
         assert picked(half, 3 << 30, memory_bytes=10 << 30) is torch.bfloat16
     assert picked("float32", 5 << 30) is torch.float32, "what its author saved"
+
+
+def test_auto_knows_the_size_of_a_model_whose_files_do_not_tell_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the hub, or pickled: it is counted in the model's own layers."""
+    monkeypatch.setattr(loader, "multiplies_bfloat16", lambda: False)
+    config = LlamaConfig(dtype="bfloat16")  # of 7 billion parameters, if it says nothing else
+
+    def picked(memory_bytes: int) -> torch.dtype:
+        monkeypatch.setattr(loader, "host_bytes", lambda: memory_bytes)
+        device = torch.device("cpu")
+        return loader._pick_dtype(EngineOptions(), config, device, 0, AutoModelForCausalLM)
+
+    assert picked(64 << 30) is torch.float32
+    assert picked(48 << 30) is torch.bfloat16, "in float32 it takes half of the memory"
+
+
+def test_an_adapter_whose_config_is_damaged_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model')
+    with pytest.raises(EngineLoadError, match=r"adapter_config\.json is damaged"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["xpu", "npu"])
+def test_memory_of_an_accelerator_is_its_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SimpleNamespace(
+        mem_get_info=lambda _: (3 << 30, 8 << 30), memory_allocated=lambda _: 2 << 30
+    )
+    monkeypatch.setattr(torch, kind, backend, raising=False)
+    device = SimpleNamespace(type=kind)
+    assert memory.free_bytes(device) == 3 << 30  # type: ignore[arg-type]
+    assert memory.used_bytes(device) == 2 << 30  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

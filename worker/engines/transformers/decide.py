@@ -164,7 +164,9 @@ class DecisionMaker:
                 if is_out_of_memory(error):
                     raise
                 # A template is a program that comes with the model: any error fails this request.
-                raise _invalid(f"model {request.model} cannot be asked this: {error}") from None
+                raise _invalid(
+                    f"model {request.model} cannot be asked this: {one_line(error)}"
+                ) from None
             finally:
                 if self._memo is not None:
                     self._memo.clear()

@@ -198,9 +198,15 @@ def _dense(path: Path) -> Dense:
     from safetensors.torch import load_file
 
     config = json.loads((path / "config.json").read_text())
-    weights = load_file(path / "model.safetensors")
+    file = path / "model.safetensors"
+    if not file.is_file():
+        raise EngineLoadError(f"{path}, a dense layer of the model, has no {file.name}")
+    weights = load_file(file)
     name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-    activation = getattr(torch.nn, name.rsplit(".", 1)[-1])()
+    made = getattr(torch.nn, name.rsplit(".", 1)[-1], None)
+    if made is None:
+        raise EngineLoadError(f"{path} asks for the activation {name}, which torch does not have")
+    activation = made()
     return weights["linear.weight"].float(), weights.get("linear.bias"), activation
 
 

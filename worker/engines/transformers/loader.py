@@ -155,9 +155,8 @@ def load_model(
         refuse_incomplete_llava(held)
     device = pick_device(options.device)
     size = _weight_bytes(folder)
-    # 4-bit weights are four times as large in half precision.
-    packed = getattr(config, "quantization_config", None) is not None
-    dtype = _pick_dtype(options, config, device, size * 4 if packed else size)
+    with _explained(path):
+        dtype = _pick_dtype(options, config, device, size, chosen.auto)
     progress(0.0, f"loading {path}" + (f" ({size / 2**30:.1f} GiB)" if size else ""))
     with _explained(path):
         model, quantised = _load_weights(
@@ -210,7 +209,7 @@ def _load_llava(
             config = AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code)
         # Layers can only be spread over devices once the whole model is known.
         device = torch.device("cpu") if spread else pick_device(options.device)
-        dtype = _pick_dtype(options, config, device, _weight_bytes(folder))
+        dtype = _pick_dtype(options, config, device, _weight_bytes(folder), AutoModelForCausalLM)
         progress(0.0, f"loading {base}")
         own = replace(options, revision=None, device=str(device))
         language_model, quantised = _load_weights(
@@ -271,17 +270,32 @@ def _is_adapter(folder: Path) -> bool:
 def _base_of_adapter(folder: Path) -> str:
     import json
 
-    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    file = folder / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise EngineLoadError(f"{file} is damaged: {one_line(error, 200)}") from error
     if not base:
         raise EngineLoadError(f"{folder} is an adapter without a base: name it with --model-base")
     return str(base)
 
 
 def _weight_bytes(folder: Path | None) -> int:
-    """Bytes of a folder's safetensors files; 0 if the model is not in a local folder."""
+    """Bytes of a folder's safetensors files; 0 if it has none, or the model is on the hub."""
     if folder is None:
         return 0
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _half_bytes(size: int, config: Any, auto: Any, options: EngineOptions) -> int:
+    """Bytes of the weights in half precision. `size`: those of the files, 0 if not known."""
+    if size:
+        # 4-bit weights are four times as large in half precision.
+        packed = getattr(config, "quantization_config", None) is not None
+        return 4 * size if packed else size
+    with torch.device("meta"):
+        model = auto.from_config(config, trust_remote_code=options.trust_remote_code)
+    return 2 * sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
@@ -320,9 +334,10 @@ def _explained(path: str) -> Iterator[None]:
 
 
 def _pick_dtype(
-    options: EngineOptions, config: Any, device: torch.device, size: int
+    options: EngineOptions, config: Any, device: torch.device, size: int, auto: Any
 ) -> torch.dtype:
-    """The dtype to compute in. `size`: bytes of the weights in half precision."""
+    """The dtype to compute in. `size`: bytes of the weights' files, 0 if not known; `auto`: the
+    class that makes the model of its config."""
     name = options.dtype
     if name != "auto":
         if name not in DTYPES:
@@ -333,7 +348,10 @@ def _pick_dtype(
         stored = DTYPES.get(stored.removeprefix("torch."))
     if device.type != "cpu":
         return stored or torch.float16
-    if stored in (None, torch.float32) or size <= SMALL_BYTES:
+    if stored in (None, torch.float32):
+        return torch.float32
+    size = _half_bytes(size, config, auto, options)
+    if size <= SMALL_BYTES:
         return torch.float32
     if multiplies_bfloat16():
         return torch.bfloat16

@@ -22,6 +22,9 @@ __all__ = [
     "used_bytes",
 ]
 
+OTHERS = ("xpu", "npu")
+"""Accelerators whose modules (`torch.npu`: torch_npu) tell their memory as `torch.cuda` does."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -33,8 +36,8 @@ def free_bytes(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    if device.type == "xpu":
-        free, _ = torch.xpu.mem_get_info(device)
+    if device.type in OTHERS:
+        free, _ = getattr(torch, device.type).mem_get_info(device)
         return int(free)
     free = int(psutil.virtual_memory().available)
     try:
@@ -63,8 +66,8 @@ def used_bytes(device: torch.device) -> int:
         return int(torch.cuda.memory_allocated(device))
     if device.type == "mps":
         return int(torch.mps.current_allocated_memory())
-    if device.type == "xpu":
-        return int(torch.xpu.memory_allocated(device))
+    if device.type in OTHERS:
+        return int(getattr(torch, device.type).memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 
@@ -74,8 +77,8 @@ def release_cached(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
-    elif device.type == "xpu":
-        torch.xpu.empty_cache()
+    elif device.type in OTHERS:
+        getattr(torch, device.type).empty_cache()
 
 
 def no_room(tokens: int, budget: int, capacity: int) -> ErrorInfo:
