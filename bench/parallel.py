@@ -66,7 +66,7 @@ def computing(worker_pid: int) -> list[psutil.Process]:
 
 def try_out(folder: Path, path: Path, way: str, arguments: list[str], beside: str) -> Outcome:
     """Start both workers, compare their answers, kill, and see how the stream goes on."""
-    told = Outcome(way)
+    outcome = Outcome(way)
     common = ["--model-path", str(path), "--dtype", "float32", "--slots", "4"]
     common += ["--engine-arg", "enforce_eager=true", "--engine-arg", "max_num_batched_tokens=64"]
     spread = [word for argument in arguments for word in ("--engine-arg", argument)]
@@ -81,12 +81,12 @@ def try_out(folder: Path, path: Path, way: str, arguments: list[str], beside: st
         if beside:
             node = ManagedProcess("node", shlex.split(beside.format(model=path)), folder)
         bus.wait_ready(1)
-        told.started_s = time.monotonic() - began_s
+        outcome.started_s = time.monotonic() - began_s
         bus.start_worker("w2", *common, "--model-name", "tiny,single", engine="vllm")
         bus.wait_ready(2)
         client = Client(bus.front)
         spread_out, single = answers(client, "spread"), answers(client, "single")
-        told.equal = sum(a == b for a, b in zip(spread_out, single, strict=True))
+        outcome.equal = sum(a == b for a, b in zip(spread_out, single, strict=True))
         long = {"max_tokens": LONG_TOKENS, "temperature": 0.0, "ignore_eos": True}
         whole = client.generate(PROMPTS[0], model="single", **long).token_ids
         for _ in range(4):  # until the stream runs at w1
@@ -101,27 +101,27 @@ def try_out(folder: Path, path: Path, way: str, arguments: list[str], beside: st
                 if stream.worker != "w1":
                     break
                 if node is not None:
-                    told.killed = "the other node"
+                    outcome.killed = "the other node"
                     for process in psutil.Process(node.pid).children(recursive=True):
                         process.kill()
                     node.kill()
                 else:
                     victim = computing(first.pid)[-1]
-                    told.killed = " ".join([victim.name(), *victim.cmdline()[-1:]])[:60]
+                    outcome.killed = " ".join([victim.name(), *victim.cmdline()[-1:]])[:60]
                     os.kill(victim.pid, signal.SIGKILL)
                 killed_s = time.monotonic()
             if killed_s:
                 break
         if not killed_s:
-            told.error = "the stream never ran at w1"
-            return told
-        told.goes_on = f"{stream.end.worker}, {'equal' if ids == whole else 'DIFFERENT'}"
-        told.resumed = stream.end.resumed
+            outcome.error = "the stream never ran at w1"
+            return outcome
+        outcome.goes_on = f"{stream.end.worker}, {'equal' if ids == whole else 'DIFFERENT'}"
+        outcome.resumed = stream.end.resumed
         lines = first.log().splitlines()
         lost = [line for line in lines if "engine lost" in line or "engine died" in line]
-        told.error = lost[0][-160:] if lost else "its engine did not end"
-        told.ended_s = time.monotonic() - killed_s
-    return told
+        outcome.error = lost[0][-160:] if lost else "its engine did not end"
+        outcome.ended_s = time.monotonic() - killed_s
+    return outcome
 
 
 def main() -> int:
@@ -143,10 +143,11 @@ def main() -> int:
     for number, (name, *arguments) in enumerate(options.way):
         place = folder / str(number)
         place.mkdir()
-        told = try_out(place, path, name, arguments, options.beside)
+        outcome = try_out(place, path, name, arguments, options.beside)
         print(
-            f"| {name} | {told.started_s:.0f} | {told.equal} of {len(PROMPTS)} | {told.killed} "
-            f"| {told.goes_on} | {told.resumed} | {told.ended_s:.1f} |\n  {told.error}",
+            f"| {name} | {outcome.started_s:.0f} | {outcome.equal} of {len(PROMPTS)} "
+            f"| {outcome.killed} | {outcome.goes_on} | {outcome.resumed} "
+            f"| {outcome.ended_s:.1f} |\n  {outcome.error}",
             flush=True,
         )
     return 0

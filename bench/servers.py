@@ -38,7 +38,7 @@ class Tally:
     equal_text: int = 0
     equal_ids: int = 0
     failed: list[str] = field(default_factory=list)
-    told: set[str] = field(default_factory=set)
+    continued: set[str] = field(default_factory=set)
     resumed: int = 0
 
 
@@ -101,20 +101,20 @@ def _ask(
     """An answer: its text, its token ids, how it was continued, and how often."""
     texts: list[str] = []
     ids: list[int] = []
-    told: list[str] = []
+    continued: list[str] = []
     events = 0
     messages = [{"role": "user", "content": question}]
     with client.chat(messages, model=model, stream=True, **how) as stream:
         for event in stream:
             if isinstance(event, Started) and event.resumed:
-                told.append(event.continued or "exact")
+                continued.append(event.continued or "exact")
             if isinstance(event, Tokens):
                 events += 1
                 texts.append(event.text)
                 ids += event.token_ids
                 if kill is not None and events == after:
                     kill(stream.worker)
-    return stream.text_so_far, ids, told, stream.end.resumed
+    return stream.text_so_far, ids, continued, stream.end.resumed
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Tally]:
@@ -172,13 +172,13 @@ def _round(
 
     tally.asked += 1
     try:
-        text, theirs, told, resumed = _ask(client, model, question, how, kill, 1 + number % 3)
+        text, theirs, continued, resumed = _ask(client, model, question, how, kill, 1 + number % 3)
     except BusError as error:
         tally.failed.append(str(error)[:160])
     else:
         tally.equal_text += text == whole
         tally.equal_ids += theirs == ids
-        tally.told |= set(told)
+        tally.continued |= set(continued)
         tally.resumed += resumed
     if last:
         return
@@ -198,12 +198,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=40)
     arguments = parser.parse_args()
-    print("| server | answers | killed in the middle | same text | same tokens | told |")
+    print("| server | answers | killed in the middle | same text | same tokens | continued |")
     print("|---|---|---|---|---|---|")
     for kind, tally in run(arguments).items():
         print(
             f"| {arguments.name} | {kind} | {tally.asked}, resumed {tally.resumed} times | "
-            f"{tally.equal_text} | {tally.equal_ids} | {', '.join(sorted(tally.told))} |"
+            f"{tally.equal_text} | {tally.equal_ids} | {', '.join(sorted(tally.continued))} |"
         )
         for story in tally.failed:
             print(f"  failed: {story}")

@@ -63,7 +63,7 @@ class Seen:
     #: The longest pause between two tokens of each answer that moved, in seconds.
     pauses_s: list[float] = field(default_factory=list)
     #: What waiting callers were told, without job numbers.
-    told: set[str] = field(default_factory=set)
+    notes: set[str] = field(default_factory=set)
     jobs: set[str] = field(default_factory=set)
 
 
@@ -89,7 +89,7 @@ async def ask(client: AsyncClient, number: int, tokens: int, seen: Seen) -> None
             match event:
                 case Queued(_, _, why) if why:
                     waited = True
-                    seen.told.add(" ".join(word for word in why.split() if not word.isdigit()))
+                    seen.notes.add(" ".join(word for word in why.split() if not word.isdigit()))
                 case Started() if waited and not got:
                     seen.waits_s.append(now_s - asked_s)
                 case Recovering():
@@ -203,7 +203,7 @@ def reported(seen: Seen, bursts: int, took_s: float) -> Report:
     for name, values in (("wait", seen.waits_s), ("pause", seen.pauses_s)):
         for share in (50, 99) if values else ():
             report.add(f"slurm.{name}.p{share}", percentile(values, share), "s", seen=len(values))
-    for text in sorted(seen.told)[:5]:
+    for text in sorted(seen.notes)[:5]:
         report.note(f"told while waiting: {text}")
     for text in sorted(set(seen.failed))[:5]:
         report.note(f"failed: {text}")

@@ -313,8 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = totals(outcomes)
     print(line_of(total.row()), file=out)
     if total.broken_in:
-        told = ", ".join(f"{place} {count}" for place, count in sorted(total.broken_in.items()))
-        print(f"interruptions of chats, by what they were in the middle of: {told}", file=out)
+        places = ", ".join(f"{place} {count}" for place, count in sorted(total.broken_in.items()))
+        print(f"interruptions of chats, by what they were in the middle of: {places}", file=out)
     print(f"{time.monotonic() - began_s:.0f} s; machine: {machine()}", file=out)
     if options.json:
         lines = "".join(json.dumps(outcome.row()) + "\n" for outcome in [*outcomes, total])

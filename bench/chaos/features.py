@@ -253,9 +253,9 @@ class Heard:
             if part.get("finish_reason"):
                 choice.finish_reasons.append(part["finish_reason"])
             for place, call in enumerate(delta.get("tool_calls") or ()):
-                told = choice.calls.setdefault(call.get("index", place), ["", ""])
-                told[0] += call["function"].get("name") or ""
-                told[1] += call["function"].get("arguments") or ""
+                entry = choice.calls.setdefault(call.get("index", place), ["", ""])
+                entry[0] += call["function"].get("name") or ""
+                entry[1] += call["function"].get("arguments") or ""
             _add_logprobs(choice, part.get("logprobs"))
 
     def _add_event(self, event: dict[str, Any]) -> None:
@@ -336,16 +336,16 @@ class Heard:
         return [value for _, choice in sorted(self._choices.items()) for value in choice.logprobs]
 
 
-def _add_logprobs(choice: _Choice, told: Any) -> None:
-    if not told:
+def _add_logprobs(choice: _Choice, logprobs: Any) -> None:
+    if not logprobs:
         return
-    if "content" in told:
-        for entry in told["content"] or ():
+    if "content" in logprobs:
+        for entry in logprobs["content"] or ():
             choice.tokens.append(entry["token"])
             choice.logprobs.append(entry["logprob"])
     else:
-        choice.tokens += told["tokens"]
-        choice.logprobs += told["token_logprobs"]
+        choice.tokens += logprobs["tokens"]
+        choice.logprobs += logprobs["token_logprobs"]
 
 
 def same_logprobs(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -86,8 +86,8 @@ def _events(
         connection.request("POST", path, json.dumps(body), headers)
         answer = connection.getresponse()
         if answer.status != 200:
-            told = f"{answer.status}: {answer.read(2000).decode(errors='replace')}"
-            raise (Interrupted if answer.status in RETRIED else Refused)(told)
+            message = f"{answer.status}: {answer.read(2000).decode(errors='replace')}"
+            raise (Interrupted if answer.status in RETRIED else Refused)(message)
         if not body["stream"]:
             yield "", json.loads(answer.read())
             return

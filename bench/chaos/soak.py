@@ -227,9 +227,9 @@ def soak(minutes: float, seed: int) -> tuple[dict[str, Any], bool]:
         stage.wait_healthy()
     rows = run.rows()
     counts: Sequence[tuple[str, int]] = sorted(run.counts.items())
-    told = ", ".join(f"{count:,} {what}" for what, count in counts)
+    totals = ", ".join(f"{count:,} {what}" for what, count in counts)
     print(table(rows))
-    print(f"\n{minutes:g} minutes: {told}; {len(run.wrong)} wrong; machine: {machine()}")
+    print(f"\n{minutes:g} minutes: {totals}; {len(run.wrong)} wrong; machine: {machine()}")
     fine = not run.wrong and all(row["flat"] for row in rows.values())
     print("as promised" if fine else "NOT as promised")
     return {"memory": rows, "counts": dict(counts), "wrong": run.wrong[:20]}, fine

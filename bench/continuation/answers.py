@@ -66,8 +66,8 @@ def read(
         response = connection.getresponse()
         if response.status != 200:
             answer.status = response.status
-            told = response.read(2000).decode("utf-8", "replace")
-            answer.broken = f"HTTP {response.status}: {told[:200]}"
+            message = response.read(2000).decode("utf-8", "replace")
+            answer.broken = f"HTTP {response.status}: {message[:200]}"
             return
         for line in response:
             if not line.startswith(b"data:"):

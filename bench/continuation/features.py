@@ -50,8 +50,8 @@ def _with_image(seed: int) -> tuple[str, dict[str, Any]]:
 
 
 def _schema(seed: int) -> tuple[str, dict[str, Any]]:
-    told = {"type": "json_schema", "json_schema": _SCHEMA}
-    return _chat("Describe a shape.", temperature=0.9, seed=seed, response_format=told)
+    response_format = {"type": "json_schema", "json_schema": _SCHEMA}
+    return _chat("Describe a shape.", temperature=0.9, seed=seed, response_format=response_format)
 
 
 def _tools(seed: int) -> tuple[str, dict[str, Any]]:

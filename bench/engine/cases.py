@@ -174,8 +174,8 @@ def build_config(shape: Shape, context: int) -> LlamaConfig:
     )
 
 
-PICTURE_SIDE = 224
-PICTURE_PATCH = 14
+IMAGE_SIDE = 224
+IMAGE_PATCH = 14
 
 
 def build_vision(shape: Shape, device: torch.device, tokenizer: Any = None) -> tuple[Any, Any]:
@@ -201,24 +201,24 @@ def build_vision(shape: Shape, device: torch.device, tokenizer: Any = None) -> t
         intermediate_size=1024,
         num_hidden_layers=6,
         num_attention_heads=4,
-        image_size=PICTURE_SIDE,
-        patch_size=PICTURE_PATCH,
+        image_size=IMAGE_SIDE,
+        patch_size=IMAGE_PATCH,
     )
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_id=image_id,
         image_token_index=image_id,
-        image_seq_length=(PICTURE_SIDE // PICTURE_PATCH) ** 2,
+        image_seq_length=(IMAGE_SIDE // IMAGE_PATCH) ** 2,
     )
     torch.manual_seed(0)
     with torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=shape.dtype)
-    side = {"height": PICTURE_SIDE, "width": PICTURE_SIDE}
+    side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     processor = LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": PICTURE_SIDE}, crop_size=side),
+        CLIPImageProcessor(size={"shortest_edge": IMAGE_SIDE}, crop_size=side),
         tokenizer,
-        patch_size=PICTURE_PATCH,
+        patch_size=IMAGE_PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )

@@ -169,11 +169,11 @@ def _tasks(count: int) -> tuple[tuple[Request, tuple[bytes, ...], str], ...]:
 
 
 def _requests(count: int) -> Iterator[tuple[Request, tuple[bytes, ...], str]]:
-    for pictures, question, answer, _ in held_out(count, SEED):
+    for images, question, answer, _ in held_out(count, SEED):
         files = []
-        for picture in pictures:
+        for image in images:
             data = io.BytesIO()
-            picture.save(data, "PNG")
+            image.save(data, "PNG")
             files.append(data.getvalue())
         parts: list[Part] = [ImagePart(attachment=index) for index in range(len(files))]
         request = Request(

@@ -468,10 +468,10 @@ def broker_resume_loop(scene: BrokerScene) -> None:
             got = client.next()
         if got is not None and got.type is T.OUTPUT:
             (event,) = got.body
-            told = isinstance(event, messages.FailEvent) and event.error
-            if not told or told.code != "overloaded" or not told.retryable:
+            failure = isinstance(event, messages.FailEvent) and event.error
+            if not failure or failure.code != "overloaded" or not failure.retryable:
                 raise Broken("M17", f"{event}; expected FAIL overloaded, retryable")
-            if not told.retry_after_ms or event.epoch != epoch:
+            if not failure.retry_after_ms or event.epoch != epoch:
                 raise Broken("M17", f"{event}; expected retry_after_ms and the epoch of the RESUME")
             return
         scene.assigned(worker, id_, "M7")
@@ -516,11 +516,11 @@ def broker_suspect(scene: BrokerScene) -> None:
     until_s = time.monotonic() + scene.stage.patience_s
     returned: set[str] = set()
     while not returned and time.monotonic() < until_s:
-        told = client.next(T.OUTPUT, seconds=0.1)
+        message = client.next(T.OUTPUT, seconds=0.1)
         worker.pump(0.0)
-        if told is not None and told.type is T.ACCEPTED and told.id == id_:
-            returned = set(told.body.returned)
-        if told is None:
+        if message is not None and message.type is T.ACCEPTED and message.id == id_:
+            returned = set(message.body.returned)
+        if message is None:
             # The broker notices by the next ledger that the time has passed.
             worker.events(got.body.reply_to, ledger=[2, [], []])
     if returned != set(names):
@@ -565,12 +565,12 @@ def broker_report(scene: BrokerScene) -> None:
     query = new_id(scene.random)
     args = {"sequence": sequence, "why": "a map instead of the array"}
     client.send(T.QUERY, query, {"verb": "bus.report", "args": args})
-    told = {}
+    arrived = {}
     for _ in range(2):
         got = client.next(T.ACCEPTED)
         if got is not None:
-            told[got.type] = got
-    answer, gone = told.get(T.ANSWER), told.get(T.INTERRUPTED)
+            arrived[got.type] = got
+    answer, gone = arrived.get(T.ANSWER), arrived.get(T.INTERRUPTED)
     if answer is None or (answer.body.result or {}).get("worker") != f"worker-{scene.name}":
         raise Broken("K4", f"bus.report was answered with {answer and answer.plain}")
     if gone is None or gone.id != id_:

@@ -180,6 +180,6 @@ class Answer:
     ) -> None:
         """Send INTERRUPTED."""
         code = "worker_lost" if lost else "draining"
-        told = {"code": code, "message": "the kit interrupts", "retryable": True, **error}
-        body = {"epoch": self.epoch, "worker": worker, "lost": lost, "error": told}
+        info = {"code": code, "message": "the kit interrupts", "retryable": True, **error}
+        body = {"epoch": self.epoch, "worker": worker, "lost": lost, "error": info}
         self.session.send(T.INTERRUPTED, self.id, body | ({"alone": True} if alone else {}))

@@ -43,8 +43,8 @@ def test_our_parties_keep_every_rule(
 ) -> None:
     verdicts = tmp_path / "verdicts.xml"
     status = judge(party, "--seed", "7", "--junit", str(verdicts))
-    told = capsys.readouterr().out
-    assert status == 0, told
+    output = capsys.readouterr().out
+    assert status == 0, output
     suite = ElementTree.parse(verdicts).getroot()
     names = [str(case.get("name")) for case in suite.iter("testcase")]
     assert sorted(names) == sorted(case.name for case in CASES if case.party == party)
@@ -74,11 +74,11 @@ def test_a_faulty_party_is_caught_by_the_rule_that_it_breaks(
     run = (sys.executable, "-m", "tests.conformance.wrong_ones", name)
     options = ("--only", case, "--patience", "3", "--junit", str(verdicts))
     status = judge(name.split(" ")[0], *options, run=run)
-    told = capsys.readouterr().out
-    assert status == 1, told
+    output = capsys.readouterr().out
+    assert status == 1, output
     (failure,) = ElementTree.parse(verdicts).getroot().iter("failure")
-    assert failure.get("type") == rule, told
-    assert f"[{rule}]" in told
+    assert failure.get("type") == rule, output
+    assert f"[{rule}]" in output
 
 
 def test_each_case_judges_rules_of_the_specification_and_says_what_happens() -> None:
@@ -96,8 +96,8 @@ def test_a_command_that_cannot_be_started_is_reported_in_one_line(
     party: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([party, "--", command]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"cannot start the {party}: ") and told.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"cannot start the {party}: ") and errors.count("\n") == 1
 
 
 def test_help_says_what_a_subject_must_do() -> None:

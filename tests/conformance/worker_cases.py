@@ -236,8 +236,8 @@ def worker_cancel_unknown(stage: WorkerStage) -> None:
     stage.live().send(T.CANCEL, id_)
     got = stage.expect(T.OUTPUT, "C4")
     finished = got.ledger.finished if got.ledger is not None else []
-    told = [(entry.request_id, entry.outcome) for entry in finished]
-    if got.id != bytes(16) or got.body != [] or told != [(id_, "cancelled")]:
+    ends = [(entry.request_id, entry.outcome) for entry in finished]
+    if got.id != bytes(16) or got.body != [] or ends != [(id_, "cancelled")]:
         raise Broken("C4", f"OUTPUT {got.id.hex()[:8]} {got.body} {finished}")
 
 

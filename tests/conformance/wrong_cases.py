@@ -39,12 +39,12 @@ def _with_ids(
     frames: tuple[bytes, ...], session: bytes, request: bytes = b"", route: bytes = b""
 ) -> list[bytes]:
     """The frames with the current ids instead of the golden ones."""
-    told = []
+    replaced = []
     for frame in frames:
         for old, new in ((SESSION, session), (REQUEST, request), (ROUTE, route)):
             frame = frame.replace(old, new) if new else frame
-        told.append(frame)
-    return told
+        replaced.append(frame)
+    return replaced
 
 
 # --- a broker -------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ def test_the_client_is_told_that_its_workers_connection_broke(
     client.request()
     client.expect(MessageType.ACCEPTED)
     worker.close()
-    _, told = client.expect(MessageType.INTERRUPTED)
-    assert (told["worker"], told["lost"]) == ("worker", True)
+    _, body = client.expect(MessageType.INTERRUPTED)
+    assert (body["worker"], body["lost"]) == ("worker", True)
 
 
 def test_a_broker_that_was_stopped_loses_no_peer(tmp_path: Path, context: zmq.Context[Any]) -> None:
@@ -368,8 +368,8 @@ def test_only_keys_on_the_list_are_accepted_and_the_log_names_the_others(
     tmp_path: Path, context: zmq.Context[Any]
 ) -> None:
     keys = tmp_path / "keys"
-    told = auth.keys_command([str(keys)], program="keys")
-    assert "broker.key" in told
+    output = auth.keys_command([str(keys)], program="keys")
+    assert "broker.key" in output
     assert {path.stat().st_mode & 0o777 for path in keys.iterdir()} == {0o600}
     with running_broker(tmp_path, "--keys", str(keys)) as broker:
         worker = RawWorker(context, broker.back, keys=certificate(keys, "worker"))

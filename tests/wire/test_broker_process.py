@@ -54,8 +54,8 @@ def run(
 def test_it_imports_nothing_heavy() -> None:
     """Otherwise it would start slowly."""
     code = "import sys, json, broker.__main__; print(json.dumps(sorted(sys.modules)))"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-    loaded = {name.partition(".")[0] for name in json.loads(told.stdout)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
     foreign = loaded - set(sys.stdlib_module_names) - {"__main__", "broker"}
     foreign = {name for name in foreign if not name.startswith(("_", "sitecustomize"))}
     assert foreign <= {"zmq", "msgpack", "msgspec", "typing_extensions", "cython_runtime"}
@@ -174,10 +174,10 @@ def test_the_second_signal_stops_it_at_once_and_hands_its_streams_over(
 
 def test_an_address_in_use_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     with running_broker(tmp_path) as broker:
-        told = run("--front", broker.front, "--back", "tcp://127.0.0.1:*")
-    assert told.returncode == 1
-    assert told.stderr.count("\n") == 1
-    assert "in use" in told.stderr
+        done = run("--front", broker.front, "--back", "tcp://127.0.0.1:*")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "in use" in done.stderr
 
 
 def test_a_broker_that_fails_says_why_before_anything_else_can_end_it() -> None:
@@ -217,14 +217,14 @@ def test_a_broker_that_fails_says_why_before_anything_else_can_end_it() -> None:
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(arguments: tuple[str, ...], word: str) -> None:
-    told = run(*arguments)
-    assert (told.returncode, told.stderr.count("\n")) == (2, 1), told.stderr
-    assert word in told.stderr
+    done = run(*arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert word in done.stderr
 
 
 def test_insecure_must_be_explicit(tmp_path: Path) -> None:
-    told = run("check", "--front", "tcp://0.0.0.0:7001", "--insecure")
-    assert told.returncode == 0, told.stderr
+    done = run("check", "--front", "tcp://0.0.0.0:7001", "--insecure")
+    assert done.returncode == 0, done.stderr
 
 
 def test_check_accepts_a_file_alone_and_says_what_is_wrong_in_it(tmp_path: Path) -> None:
@@ -238,24 +238,24 @@ def test_check_accepts_a_file_alone_and_says_what_is_wrong_in_it(tmp_path: Path)
 
 
 def test_check_finds_ignored_settings_and_addresses_that_cannot_be_bound() -> None:
-    told = run("check", environment={"TOKENBUS_INFLIHGT": "7"})
-    assert told.returncode == 2
-    assert "did you mean TOKENBUS_INFLIGHT?" in told.stderr
+    done = run("check", environment={"TOKENBUS_INFLIHGT": "7"})
+    assert done.returncode == 2
+    assert "did you mean TOKENBUS_INFLIGHT?" in done.stderr
     for one, other in (
         ("tcp://127.0.0.1:7001", "tcp://127.0.0.1:7001"),
         ("tcp://*:7001", "tcp://127.0.0.1:7001"),
         ("ipc:///tmp/one", "ipc:///tmp/one"),
     ):
-        told = run("check", "--insecure", "--front", one, "--back", other)
-        assert told.returncode == 2 and "are one port" in told.stderr, told
+        done = run("check", "--insecure", "--front", one, "--back", other)
+        assert done.returncode == 2 and "are one port" in done.stderr, done
     free = ("--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*")
     assert run("check", *free).returncode == 0
 
 
 def test_all_options_of_fastchats_controller_are_reported_together() -> None:
-    told = run("--host", "0.0.0.0", "--port", "21001", "--dispatch-method", "lottery")
-    assert told.returncode == 2
-    assert "--front and --back" in told.stderr and "--placement lottery" in told.stderr
+    done = run("--host", "0.0.0.0", "--port", "21001", "--dispatch-method", "lottery")
+    assert done.returncode == 2
+    assert "--front and --back" in done.stderr and "--placement lottery" in done.stderr
 
 
 def test_the_usage_names_every_form_whichever_was_called() -> None:
@@ -268,9 +268,9 @@ def test_the_usage_names_every_form_whichever_was_called() -> None:
 
 def test_a_ready_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     free = ("--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*")
-    told = run(*free, "--ready-file", str(tmp_path / "missing" / "ready"))
-    assert told.returncode == 1
-    assert told.stderr.count("\n") == 1 and "--ready-file" in told.stderr, told.stderr
+    done = run(*free, "--ready-file", str(tmp_path / "missing" / "ready"))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "--ready-file" in done.stderr, done.stderr
 
 
 def test_the_next_commands_name_the_keys(
@@ -309,12 +309,12 @@ def test_an_unknown_key_in_the_file_is_named(tmp_path: Path) -> None:
 
 
 def test_help_shows_every_option_with_flag_environment_default_and_reason() -> None:
-    told = run("--help").stdout
+    text = run("--help").stdout
     for name in Config.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in told
-        assert f"TOKENBUS_{name.upper()} " in told
+        assert f"--{name.replace('_', '-')} " in text
+        assert f"TOKENBUS_{name.upper()} " in text
     for field in Config.__dataclass_fields__.values():
-        assert field.metadata["reason"] in told
+        assert field.metadata["reason"] in text
 
 
 def test_the_descriptor_limit_is_raised(tmp_path: Path) -> None:

@@ -90,10 +90,10 @@ def test_the_commands_print_for_people_and_for_scripts(bus: Bus) -> None:
     lines = [line for line in shown.stdout.splitlines() if "roses" in line]
     assert shown.returncode == 0 and len(lines) == 2, shown.stdout + shown.stderr
     assert DOCUMENTS[1] in lines[0] and "0.5000" in lines[1]
-    told = run("rerank", QUERY, "--json", *to, stdin="\n".join(DOCUMENTS)).stdout.splitlines()
-    assert json.loads(told[0]) == {"index": 1, "score": 1.0, "document": DOCUMENTS[1]}
-    told = run("classify", "aaab", "b", "--json", *to).stdout.splitlines()
-    assert [json.loads(line)["label"] for line in told] == ["odd", "even"]
+    printed = run("rerank", QUERY, "--json", *to, stdin="\n".join(DOCUMENTS)).stdout.splitlines()
+    assert json.loads(printed[0]) == {"index": 1, "score": 1.0, "document": DOCUMENTS[1]}
+    printed = run("classify", "aaab", "b", "--json", *to).stdout.splitlines()
+    assert [json.loads(line)["label"] for line in printed] == ["odd", "even"]
     assert "odd" in run("classify", "aaab", *to).stdout
 
 

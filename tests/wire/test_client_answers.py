@@ -241,7 +241,7 @@ def test_the_next_request_accepts_the_answer_and_the_tools_result_unchanged() ->
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"days": 2}, '"city" is a required property'),
         ({"city": "Graz", "days": "two"}, "at days: .*integer"),
@@ -250,12 +250,12 @@ def test_the_next_request_accepts_the_answer_and_the_tools_result_unchanged() ->
     ],
 )
 def test_arguments_that_do_not_fit_the_schema_raise_where_they_are_read(
-    arguments: Any, told: str
+    arguments: Any, message: str
 ) -> None:
     with ScriptedBroker() as broker, Client(broker.address) as bus:
         answer = bus.chat(called(arguments), model="demo", tools=[WEATHER])
     (call,) = answer.tool_calls
-    with pytest.raises(InvalidAnswer, match=f"call of 'weather' do not fit its schema.*{told}"):
+    with pytest.raises(InvalidAnswer, match=f"call of 'weather' do not fit its schema.*{message}"):
         _ = call.arguments
     assert json.loads(call.arguments_json) == arguments, "the raw text remains available"
 
@@ -277,7 +277,7 @@ def test_a_call_cut_off_by_the_end_is_marked_as_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "told"),
+    ("parameters", "message"),
     [
         ({"type": "objekt"}, "not a JSON schema: .*objekt"),
         ({"$ref": "http://127.0.0.1:9/schema.json"}, "not a JSON schema: .*stands outside"),
@@ -285,12 +285,12 @@ def test_a_call_cut_off_by_the_end_is_marked_as_cut() -> None:
     ],
 )
 def test_a_malformed_tool_schema_is_refused_and_nothing_is_fetched(
-    parameters: dict[str, Any], told: str
+    parameters: dict[str, Any], message: str
 ) -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
     with ScriptedBroker() as broker, Client(broker.address) as bus:
         answer = bus.chat(called({}), model="demo", tools=[tool])
-    with pytest.raises(InvalidRequest, match=told):
+    with pytest.raises(InvalidRequest, match=message):
         _ = answer.tool_calls[0].arguments
 
 
@@ -368,7 +368,7 @@ def test_without_tools_or_with_tool_choice_none_the_answer_is_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"tools": WEATHER}, "tools is not a list"),
         ({"tools": [3]}, "a tool cannot be of type int"),
@@ -389,9 +389,9 @@ def test_without_tools_or_with_tool_choice_none_the_answer_is_text() -> None:
     ],
 )
 def test_an_impossible_option_is_refused_before_anything_is_sent(
-    wrong: dict[str, Any], told: str
+    wrong: dict[str, Any], message: str
 ) -> None:
-    with Client("tcp://127.0.0.1:1") as bus, pytest.raises(InvalidRequest, match=told):
+    with Client("tcp://127.0.0.1:1") as bus, pytest.raises(InvalidRequest, match=message):
         bus.chat("x", **wrong)
 
 

@@ -147,12 +147,12 @@ def test_a_failed_line_says_why_and_the_others_are_answered(
     assert files.error("stream")[1]["param"] == "stream"
     assert files.error("model")[0] == 404
     assert files.body("good")
-    told = json.loads(capsys.readouterr().out)
-    assert (told["answered"], told["failed"]) == (4, 3)
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["answered"], summary["failed"]) == (4, 3)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "line 2"),
         (json.dumps(line("a", "/v1/images")), "url"),
@@ -162,11 +162,11 @@ def test_a_failed_line_says_why_and_the_others_are_answered(
     ],
 )
 def test_a_file_with_a_mistake_is_refused_before_anything_runs(
-    batch: Batch, files: Files, capsys: pytest.CaptureFixture[str], text: str, told: str
+    batch: Batch, files: Files, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     files.ask(line("first"), text)
     assert batch() == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not files.output.exists()
 
 
@@ -278,9 +278,9 @@ def test_ctrl_c_stops_at_once_and_frees_the_slots_and_the_next_run_continues(
     )
     wait_until(lambda: bus.running() == 4 and len(files.answers()) == 20, "the slow lines to run")
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=PATIENCE_S)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
-    assert "4 lines are left" in told and "Traceback" not in told
+    assert "4 lines are left" in errors and "Traceback" not in errors
     bus.wait_idle()
     before = files.answers()
     files.ask(*[line(i) for i in ids], *[line(f"slow-{i}") for i in range(4)])
@@ -320,8 +320,8 @@ def test_no_line_is_lost_if_the_broker_is_killed_during_the_run(
     wait_until(lambda: files.output.exists() and len(files.answers()) >= 5, "the first answers")
     bus.broker.kill()
     bus.start_broker()
-    _, told = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, told
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, errors
     answers = files.answers()
     assert len(answers) == 60
     for name in answers:

@@ -79,8 +79,8 @@ def test_an_unserved_model_is_an_error_before_the_test_begins(
     bus: Bus, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "--broker", bus.front, "--model", "nobody"]) == 1
-    told = capsys.readouterr()
-    assert "nobody" in told.err and told.out == ""
+    captured = capsys.readouterr()
+    assert "nobody" in captured.err and captured.out == ""
 
 
 def test_percentiles_are_interpolated() -> None:

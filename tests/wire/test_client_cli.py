@@ -100,7 +100,7 @@ def _take_terminal() -> None:
 
 @pytest.fixture
 def image(tmp_path: Path) -> str:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.new("RGB", (5, 4), "red").save(path)
     return str(path)
 
@@ -189,10 +189,10 @@ def test_models_workers_and_status_as_tables_and_as_json(bus: Bus) -> None:
 
 def test_a_worker_that_does_not_batch_says_so_with_the_reason(make_bus: Callable[..., Bus]) -> None:
     bus = make_bus(serial="layers of type recurrent")
-    told = "echo runs one request at a time: layers of type recurrent"
+    reason = "echo runs one request at a time: layers of type recurrent"
     workers = run("workers", "--broker", bus.front)
-    assert "ready, serial" in workers.stdout and told in workers.stdout
-    assert told in run("status", "--broker", bus.front).stdout
+    assert "ready, serial" in workers.stdout and reason in workers.stdout
+    assert reason in run("status", "--broker", bus.front).stdout
     client = bus.client()
     (worker,) = client.workers()
     assert worker["serial"] == {"echo": "layers of type recurrent"}
@@ -253,7 +253,7 @@ def test_drain_waits_until_the_worker_has_gone(make_bus: Callable[..., Bus]) -> 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "message"),
     [
         (["models", "--broker", "tcp://127.0.0.1:1", "--connect-timeout", "0.3"], 1, "-m broker"),
         (["models", "--broker", "nonsense"], 2, "tcp://HOST:PORT"),
@@ -266,17 +266,17 @@ def test_drain_waits_until_the_worker_has_gone(make_bus: Callable[..., Bus]) -> 
     ],
 )
 def test_a_mistake_is_one_line_without_a_traceback(
-    arguments: list[str], status: int, told: str
+    arguments: list[str], status: int, message: str
 ) -> None:
     done = run(*arguments)
     assert done.returncode == status, done.stderr
     assert done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["bench", "--requests", "many"], "must be 1 or more, got 'many'"),
         (["bench", "--rate", "fast"], "fast is not a rate above 0"),
@@ -287,12 +287,12 @@ def test_a_mistake_is_one_line_without_a_traceback(
     ],
 )
 def test_the_error_for_a_wrong_value_of_a_flag_is_in_words(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as left:
         main(arguments)
     assert left.value.code == 2
-    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_unknown_command_is_wrong_usage() -> None:

@@ -38,7 +38,7 @@ def test_the_demo_shows_every_step_and_leaves_no_process_or_file(tmp_path: Path)
 
 
 def test_the_demo_accepts_an_image_and_a_question(tmp_path: Path) -> None:
-    image = tmp_path / "picture.png"
+    image = tmp_path / "image.png"
     Image.new("RGB", (5, 4)).save(image)
     done = run("demo", "--engine", "echo", "--image", str(image), "--question", "what?")
     assert (done.returncode, done.stdout) == (0, "1 image: 5x4. what?\n")
@@ -49,8 +49,8 @@ def test_without_the_workers_packages_the_demo_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo"]) == 1
-    told = capsys.readouterr().err
-    assert "[worker]" in told and "--engine echo" in told
+    errors = capsys.readouterr().err
+    assert "[worker]" in errors and "--engine echo" in errors
 
 
 def test_the_error_for_a_worker_that_cannot_start_quotes_its_last_line() -> None:
@@ -92,25 +92,25 @@ class Demo:
     def __init__(self, folder: Path, *options: str, **environment: str) -> None:
         self.folder = folder
         clean = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
-        with (folder / "told").open("wb") as told:
+        with (folder / "output").open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "client", "demo", "--web", "--engine", "echo", *options],
-                stdout=told,
-                stderr=told,
+                stdout=output,
+                stderr=output,
                 cwd=ROOT,
                 env={**clean, "TMPDIR": str(folder), **environment},
             )
 
-    def told(self) -> str:
-        return (self.folder / "told").read_text()
+    def output(self) -> str:
+        return (self.folder / "output").read_text()
 
     def url(self) -> str:
         def found() -> str | None:
-            assert self.process.poll() is None, self.told()
-            match = re.search(r"The page is at (http://127\.0\.0\.1:\d+/)\n", self.told())
+            assert self.process.poll() is None, self.output()
+            match = re.search(r"The page is at (http://127\.0\.0\.1:\d+/)\n", self.output())
             return match and match[1]
 
-        return wait_until(found, "the page's address", story=self.told)
+        return wait_until(found, "the page's address", story=self.output)
 
 
 @contextmanager
@@ -132,11 +132,11 @@ def test_the_page_is_served_until_it_is_interrupted(tmp_path: Path, number: sign
         image = Image.open(io.BytesIO(PLAIN.open(f"{url}page/sample.png").read()))
         assert image.size == (240, 240)
         assert b'"serving":1' in PLAIN.open(f"{url}ready").read()
-        assert f"base_url {url}v1" in demo.told()
+        assert f"base_url {url}v1" in demo.output()
         demo.process.send_signal(number)
-        assert demo.process.wait(PATIENCE_S) == 0, demo.told()
+        assert demo.process.wait(PATIENCE_S) == 0, demo.output()
     assert _processes_of(tmp_path) == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["told"]
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
 def test_the_shipped_image_is_the_one_that_the_generator_draws() -> None:
@@ -162,7 +162,7 @@ def test_a_browser_is_opened_if_there_is_a_display(tmp_path: Path) -> None:
 def test_without_a_display_only_the_address_is_printed(tmp_path: Path) -> None:
     with web_demo(tmp_path, BROWSER="/bin/false %s") as demo:
         demo.url()
-        wait_until(lambda: "no browser could be opened" in demo.told(), "the hint")
+        wait_until(lambda: "no browser could be opened" in demo.output(), "the hint")
 
 
 def test_an_explicit_port_in_use_is_an_error(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_an_explicit_port_in_use_is_an_error(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with web_demo(tmp_path, "--no-browser", "--port", str(port)) as demo:
             assert demo.process.wait(PATIENCE_S) == 1
-            last = demo.told().splitlines()[-1]
+            last = demo.output().splitlines()[-1]
             assert last.startswith("error: the gateway ended") and f"port {port} is in use" in last
 
 
@@ -194,7 +194,7 @@ def test_the_end_of_a_process_is_reported(tmp_path: Path) -> None:
         [worker] = _numbers_of(tmp_path, "-m worker ")
         os.kill(worker, signal.SIGKILL)
         assert demo.process.wait(PATIENCE_S) == 1
-        assert "error: the worker ended with status -9" in demo.told()
+        assert "error: the worker ended with status -9" in demo.output()
     assert _processes_of(tmp_path) == ""
 
 
@@ -203,8 +203,8 @@ def test_without_the_gateways_packages_the_demo_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo", "--web", "--engine", "echo"]) == 1
-    told = capsys.readouterr().err
-    assert "[gateway]" in told and "uvicorn" in told and told.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert "[gateway]" in errors and "uvicorn" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_a_missing_image_is_an_error_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["demo", "--engine", "echo", "--image", "/nowhere.png"]) == 2
-    told = capsys.readouterr().err
-    assert "/nowhere.png" in told and told.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert "/nowhere.png" in errors and errors.count("\n") == 1
 
 
 def _numbers_of(folder: Path, words: str) -> list[int]:

@@ -182,7 +182,7 @@ def test_parameters_and_fields_reach_the_broker() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": "many"}, "max_tokens"),
@@ -195,8 +195,10 @@ def test_parameters_and_fields_reach_the_broker() -> None:
         ({"timeout": -1}, "Timeout.total"),
     ],
 )
-def test_a_wrong_value_is_refused_before_anything_is_sent(wrong: dict[str, Any], told: str) -> None:
-    with Client("tcp://127.0.0.1:1") as client, pytest.raises(InvalidRequest, match=told):
+def test_a_wrong_value_is_refused_before_anything_is_sent(
+    wrong: dict[str, Any], message: str
+) -> None:
+    with Client("tcp://127.0.0.1:1") as client, pytest.raises(InvalidRequest, match=message):
         client.chat("demo", "x", **wrong)
 
 
@@ -231,7 +233,7 @@ def test_messages_are_accepted_in_many_forms(conversation: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("conversation", "told"),
+    ("conversation", "message"),
     [
         ([{"role": "user", "text": "x"}], "no field 'text'"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "image_url"),
@@ -240,8 +242,8 @@ def test_messages_are_accepted_in_many_forms(conversation: Any) -> None:
         ([], "messages"),
     ],
 )
-def test_wrong_messages_are_refused(conversation: Any, told: str) -> None:
-    with Client() as client, pytest.raises(InvalidRequest, match=told):
+def test_wrong_messages_are_refused(conversation: Any, message: str) -> None:
+    with Client() as client, pytest.raises(InvalidRequest, match=message):
         client.chat("demo", conversation)
 
 

@@ -99,8 +99,8 @@ def test_the_error_for_a_port_in_use_is_in_words(
     with socket.create_server(("127.0.0.1", 0)) as other:
         where = f"127.0.0.1:{other.getsockname()[1]}"
         assert main(["metrics", "--broker", bus.front, "--serve", where]) == 1
-    told = capsys.readouterr().err
-    assert f"cannot listen at {where}: Address already in use; choose" in told
+    errors = capsys.readouterr().err
+    assert f"cannot listen at {where}: Address already in use; choose" in errors
 
 
 def test_the_gateway_adds_the_metrics_of_the_bus_to_its_own(bus: Bus, tmp_path: Path) -> None:

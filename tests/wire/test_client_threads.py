@@ -61,11 +61,11 @@ def test_a_failure_inside_the_thread_reaches_every_open_call(
         client.close()
 
 
-def _use_in_child(client: Client, told: Any) -> None:
+def _use_in_child(client: Client, pipe: Any) -> None:
     try:
         client.models()
     except RuntimeError as error:
-        told.send(str(error))
+        pipe.send(str(error))
     os._exit(0)
 
 

@@ -103,8 +103,8 @@ def test_a_desktop_joins_with_one_line_through_a_proxy_and_is_revoked_by_name(
     with client_of(person) as client:
         assert client.chat("echo", "hello", max_tokens=8).text
         assert home.back.accepted and home.front.accepted, "both went through a proxy"
-        told = invite.revoke([str(keys), "desktop"], program="revoke")
-        assert "off workers.allow" in told
+        output = invite.revoke([str(keys), "desktop"], program="revoke")
+        assert "off workers.allow" in output
         wait_until(lambda: home.workers() == [], "the desktop's session to end")
         wait_until(lambda: "allow-list" in desktop.log(), "the desktop to say why")
         invite.revoke([str(keys), "person"], program="revoke")

@@ -46,8 +46,8 @@ def test_a_waiting_client_learns_the_progress_of_the_load(bus: Bus) -> None:
     bus.start_worker("w1", "--models", "a,b", load_ms=3500)
     bus.wait_ready(1)
     events = list(bus.client().generate("hello", model="b", stream=True))
-    told = [event.progress for event in events if isinstance(event, Queued)]
-    assert told[0] is None and any(told)
+    progress = [event.progress for event in events if isinstance(event, Queued)]
+    assert progress[0] is None and any(progress)
 
 
 def test_many_clients_of_two_models_all_get_their_answers(bus: Bus) -> None:
@@ -120,9 +120,11 @@ def test_a_model_that_cannot_be_loaded_is_reported_and_the_others_are_served(
     client = bus.client()
     # Each request may take far longer than a load, and a time-out would be another error.
     for _ in range(2):
-        with pytest.raises(ModelUnavailable, match=r"'broken' cannot be loaded: .*config") as told:
+        with pytest.raises(
+            ModelUnavailable, match=r"'broken' cannot be loaded: .*config"
+        ) as caught:
             client.generate("hello", model="broken", timeout=PATIENCE_S)
-        assert told.value.retry_after_ms and not told.value.retryable
+        assert caught.value.retry_after_ms and not caught.value.retryable
     assert "model unusable" in bus.workers["w1"].log()
     with running_gateway(bus) as gateway, gateway.http() as http:
         body = {"model": "broken", "messages": [{"role": "user", "content": "hello"}]}
@@ -157,8 +159,8 @@ def test_a_client_that_waits_at_the_gateway_sees_the_progress_of_the_load(bus: B
         http.stream("POST", "/v1/chat/completions", json=body) as answer,
     ):
         lines = [line for line in answer.iter_lines() if line]
-    told = [line for line in lines if line.startswith(": waiting") and "loading" in line]
-    assert told and re.search(r"loading \d+ %$", told[0]), lines
+    comments = [line for line in lines if line.startswith(": waiting") and "loading" in line]
+    assert comments and re.search(r"loading \d+ %$", comments[0]), lines
     assert lines[-1] == "data: [DONE]"
 
 

@@ -198,9 +198,11 @@ def test_an_http_requests_span_is_the_parent_of_its_bus_requests_and_a_child_of_
     assert exported["queue"].parent.span_id == below.context.span_id
     assert bus.trace["traceparent"].split("-")[2] == f"{below.context.span_id:016x}"
     assert below.attributes is not None and below.attributes["tokenbus.resumed"] == 1
-    told = {name: value for name, value in below.attributes.items() if name.startswith("gen_ai")}
-    assert told.pop("gen_ai.response.time_to_first_chunk") >= 0
-    assert told == {
+    attributes = {
+        name: value for name, value in below.attributes.items() if name.startswith("gen_ai")
+    }
+    assert attributes.pop("gen_ai.response.time_to_first_chunk") >= 0
+    assert attributes == {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "tokenbus",
         "gen_ai.request.model": "demo",
@@ -385,7 +387,7 @@ def test_one_trace_leads_from_the_caller_through_gateway_and_broker_to_the_worke
     embed = found["tokenbus-gateway", "embeddings echo"]
     assert embed.parent_span_id == found["tokenbus-gateway", "POST /v1/embeddings"].span_id
     assert found["tokenbus-worker", "embeddings echo"].parent_span_id == embed.span_id
-    told = {attribute.key: attribute.value for attribute in embed.attributes}
-    assert told["tokenbus.worker"].string_value == worker.name
-    assert told["gen_ai.usage.input_tokens"].int_value > 0
+    attributes = {attribute.key: attribute.value for attribute in embed.attributes}
+    assert attributes["tokenbus.worker"].string_value == worker.name
+    assert attributes["gen_ai.usage.input_tokens"].int_value > 0
     assert ran.end_time_unix_nano <= http.end_time_unix_nano

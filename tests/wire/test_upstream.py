@@ -87,13 +87,13 @@ def test_the_upper_bus_answers_as_the_lower_one_does(pair: tuple[Bus, Bus]) -> N
 
 def test_an_error_of_the_lower_bus_is_the_same_at_the_upper_one(pair: tuple[Bus, Bus]) -> None:
     upper, lower = pair
-    told = []
+    errors = []
     for bus in (upper, lower):
         with pytest.raises(EngineError) as caught:
             bus.client().chat("echo", "x", seed=1, **sampled(50, error_at=5))
-        told.append((caught.value.code, caught.value.message, caught.value.retryable))
+        errors.append((caught.value.code, caught.value.message, caught.value.retryable))
         assert caught.value.partial
-    assert told[0] == told[1]
+    assert errors[0] == errors[1]
     with pytest.raises(ModelUnavailable, match="echo"):
         upper.client().chat("nope", "x")
 

@@ -15,7 +15,7 @@ VERSION = metadata.version("tokenbus")
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "expected"),
     [
         (("broker", "--version"), f"tokenbus {VERSION}"),
         (("worker", "--version"), f"tokenbus-worker/{VERSION}"),
@@ -24,11 +24,11 @@ VERSION = metadata.version("tokenbus")
     ],
     ids=" ".join,
 )
-def test_each_command_prints_its_version(command: tuple[str, ...], told: str) -> None:
+def test_each_command_prints_its_version(command: tuple[str, ...], expected: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == told
+    assert done.stdout.strip() == expected
 
 
 def test_the_parties_of_a_bus_exchange_their_versions(bus: Bus) -> None:

@@ -120,14 +120,14 @@ def test_large_images_for_a_hung_engine_do_not_stall_the_heartbeats(one: Bus) ->
     image = b"\x89PNG\r\n\x1a\n" + bytes(12 << 20)
     blocked = client.generate("<image> " * 4, model="echo", images=[image] * 4, stream=True)
     wait_until(lambda: one.rows()[0]["running"] == 2, "both requests at the worker")
-    told = records(one.workers["w1"], "broker lost")
+    before = records(one.workers["w1"], "broker lost")
 
     def heard_since() -> bool:
         rows = one.rows()
         return any(row["engine_age_ms"] > 3000 and row["silent_ms"] < 1500 for row in rows)
 
     wait_until(heard_since, "a heartbeat of the worker whose engine hangs")
-    assert told == records(one.workers["w1"], "broker lost") == []
+    assert before == records(one.workers["w1"], "broker lost") == []
     blocked.close()
     hanging.stream.close()
 
