@@ -10,6 +10,7 @@ from broker.protocol.messages import FinishReason, Piece, Resume
 from tests.engines.test_echo import build, job, run
 from worker.engines.base import Ended, EngineLoadError, EngineOptions, Tokens
 from worker.engines.common.answer_parser import merged
+from worker.engines.common.pieces import PieceText
 from worker.engines.echo import engine as echo
 from worker.engines.echo.tokens import detokenize
 
@@ -58,6 +59,28 @@ def test_a_sampled_answer_thinks_first() -> None:
         ("content", 3),
     ]
     assert end.usage.reasoning_tokens == len(ids) - 3 - len("<think") == 5 + len("></think>")
+
+
+@pytest.mark.parametrize("received", [0, 1, 9])
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_words_that_are_drawn_at_once_are_told_as_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, received: int, per_step: int
+) -> None:
+    engine = build(mode="sampled", answer_tokens=40, tokens_per_step=per_step)
+    prior, pieces, _ = answer(engine, "q", pieces=PIECES, max_tokens=4)
+    characters = min(received, len(pieces[0].text))
+    resume = Resume(epoch=1, token_ids=prior, text_characters=characters) if received else None
+    at_once = answer(engine, "q", resume, pieces=PIECES)
+    plain = PieceText.__init__
+
+    def searching(text: PieceText, *given: Any, **named: Any) -> None:
+        plain(text, *given, **named)
+        text.plain = False
+
+    monkeypatch.setattr(PieceText, "__init__", searching)
+    one_by_one = answer(engine, "q", resume, pieces=PIECES)
+    assert at_once[:2] == one_by_one[:2]
+    assert at_once[2].usage == one_by_one[2].usage
 
 
 def test_a_budget_ends_the_thought_and_the_answer_follows() -> None:

@@ -51,6 +51,8 @@ class PieceText:
         self._stops = StopBuffer(params.stop, include_stop=params.include_stop)
         self._skip = prior_characters
         self._shows_kinds = False
+        #: Nothing but marks is looked for: no stop string, no call.
+        self.plain = calls is None and not single and not params.stop
         #: The stop string that ended the answer, after which nothing more is emitted.
         self.stopped_by: str | None = None
 
@@ -61,7 +63,10 @@ class PieceText:
 
     def add(self, text: str, *, may_stop: bool) -> list[Piece]:
         """The pieces that became certain with this text."""
-        return self._unreceived(self._allowed(self._checked(self._parser.feed(text), may_stop)))
+        pieces = self._parser.feed(text)
+        if self.plain and not self._skip:
+            return pieces
+        return self._unreceived(self._allowed(self._checked(pieces, may_stop)))
 
     def finish(self, *, may_stop: bool) -> list[Piece]:
         """The rest: what was held back, and nothing after a stop string."""
@@ -78,6 +83,8 @@ class PieceText:
         """What an event carries for these pieces: their content, and the pieces themselves if that
         is not all of them. The first event with text always carries them, which shows that the
         answer is split."""
+        if len(pieces) == 1 and self._shows_kinds and pieces[0].kind == CONTENT:
+            return pieces[0].text, None  # nearly every token
         pieces = merged(pieces)
         content = "".join([piece.text for piece in pieces if piece.kind == CONTENT])
         if not pieces or (self._shows_kinds and all(piece.kind == CONTENT for piece in pieces)):

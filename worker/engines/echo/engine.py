@@ -49,6 +49,7 @@ from broker.protocol.messages import (
     FinishReason,
     Kind,
     ModelInfo,
+    Piece,
     Request,
     TokenLogprob,
     TopLogprob,
@@ -326,7 +327,12 @@ class EchoEngine:
             words = texts()
             text = words[ids[0]] if count == 1 else "".join([words[token] for token in ids])
             self._tokens += count
-            events.append(Tokens(run.request_id, ids, run.visible(text) if run.skip else text))
+            pieces: list[Piece] | None = None
+            if run.pieces is not None:
+                text, pieces = run.pieces.event(run.pieces.add(text, may_stop=True))
+            elif run.skip:
+                text = run.visible(text)
+            events.append(Tokens(run.request_id, ids, text, None, pieces))
             return
         count = min(count, run.limit - position, run.end_at - position)
         if run.fault_at:

@@ -152,7 +152,7 @@ class Run:
             self.answer is None
             and not (params.forced_token_ids or params.stop_token_ids or self.fault_at)
             and params.logprobs is None
-            and self.pieces is None
+            and (self.pieces is None or self.pieces.plain)
             and not self.thought
         )
         #: Tokens drawn ahead, and the position of the first.
