@@ -295,7 +295,7 @@ def _half_bytes(size: int, config: Any, auto: Any, options: EngineOptions) -> in
         return 4 * size if packed else size
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=options.trust_remote_code)
-    return 2 * sum(parameter.numel() for parameter in model.parameters())
+    return 2 * int(sum(parameter.numel() for parameter in model.parameters()))
 
 
 @contextmanager
