@@ -137,7 +137,7 @@ def _too_many_pixels(index: int, size: tuple[int, int] | None, limits: ImageLimi
     what = f"is {size[0]} by {size[1]} pixels" if size else "has far too many pixels"
     return RequestError(
         ErrorCode.TOO_LARGE,
-        f"image {index} {what}, at most {limits.pixels} are accepted: make it smaller",
+        f"image {index} {what}, at most {limits.pixels} pixels are accepted: make it smaller",
         details={"attachment": index, "limit": limits.pixels},
     )
 
