@@ -165,6 +165,17 @@ def test_stop_strings_cut_exactly_and_hold_back_what_may_become_one(tokens_per_s
     assert text == "one STO", "what was held back comes with the end"
     _, text, end = answer(engine, job("abc", stop_token_ids=[ord("b")]))
     assert (text, end.stopped_by) == ("ab", ord("b"))
+    _, text, end = answer(engine, job("abcde", stop=["abcd", "bc"]))
+    assert (text, end.stopped_by) == ("a", "bc"), "the one that is complete first"
+
+
+def test_alternatives_have_the_bytes_of_their_own_ids() -> None:
+    one = job("x", logprobs=4, options={"mode": "sampled", "answer_tokens": 3})
+    events = [event for event in run(build(), one)[one.request_id] if isinstance(event, Tokens)]
+    tops = [top for event in events for entry in event.logprobs or () for top in entry.top]
+    assert tops and any(top.token_id >= 256 for top in tops)
+    for top in tops:
+        assert top.token == echo_tokens.token_bytes(top.token_id)
 
 
 def test_half_a_character_is_a_token_without_text() -> None:

@@ -57,6 +57,7 @@ from worker.engines.base import (
 from worker.engines.openai import text_ids
 from worker.engines.openai.engine import OpenAIEngine
 from worker.engines.openai.http import error_of
+from worker.engines.openai.settings import read
 
 
 @pytest.fixture(scope="module")
@@ -545,3 +546,16 @@ def test_tokens_of_another_engine_are_refused(build: Build, server: StandIn) -> 
     error = failure_of(run(build(server), resumed(ask("go on"), [5, 6], 3)))
     assert error.code == "invalid_request"
     assert "not those of a server that returns text" in error.message
+
+
+def test_booleans_are_those_of_every_option_and_a_missing_file_of_certificates_is_one_line() -> (
+    None
+):
+    where = {"base_url": "https://127.0.0.1:1/v1"}
+    assert read({**where, "images": "on"}).images is True
+    assert read({**where, "probe": "off"}).probe is False
+    assert read({**where, "verify": "off"}).verify is False
+    assert read({**where, "verify": "on"}).verify is True
+    for wrong in ("/nowhere/ca.pem", ""):
+        with pytest.raises(EngineLoadError, match=r"verify=.*expected yes, no or a file"):
+            read({**where, "verify": wrong})

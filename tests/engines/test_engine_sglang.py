@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tests.engines.library_standin import described, following, served, written
 from worker.engines import registry
 from worker.engines.base import EngineLoadError, Job
 from worker.engines.common.library_model import LibraryEngine
-from worker.engines.sglang.engine import UNSUPPORTED, SglangGenerator
+from worker.engines.sglang.engine import UNSUPPORTED, SglangGenerator, sampling_parameters
 
 HERE = find_spec("sglang") is not None
 PROMPT = [30, 31, 32, 33]
@@ -105,6 +106,13 @@ def test_sampling_parameters_reach_sglang(engine: LibraryEngine, sglang: StandIn
     assert parameters["top_k"] == -1
     assert parameters["logit_bias"] == {"40": 2.0}
     assert (parameters["temperature"], parameters["top_p"], parameters["min_p"]) == (0.7, 0.9, 0.05)
+
+
+def test_no_bias_of_a_caller_allows_the_placeholder_of_an_image() -> None:
+    job = tiny.ids_job(PROMPT, logit_bias=[(7, 90.0), (40, 2.0)])
+    given = sampling_parameters(job.request.params, SimpleNamespace(answer=[], max_tokens=4), [7])  # type: ignore[arg-type]
+    assert given["logit_bias"]["40"] == 2.0
+    assert given["logit_bias"]["7"] < -100
 
 
 def test_a_cancelled_and_a_stopped_request_are_aborted_at_sglang(

@@ -80,7 +80,6 @@ class Stream:
         "end_sent",
         "ends",
         "epoch",
-        "in_engine",
         "interval",
         "job_id",
         "joins",
@@ -140,8 +139,6 @@ class Stream:
         self.end: tuple[Any, ...] | None = None
         #: When it ended unread, or lost its reader after its end; the time it is kept begins then.
         self.kept_since_s = 0.0
-        #: Whether the engine still has the job, so that it still occupies a slot.
-        self.in_engine = True
         #: Whether the client asked for cancellation.
         self.cancelled = False
 

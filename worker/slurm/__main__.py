@@ -62,7 +62,13 @@ def parser() -> argparse.ArgumentParser:
         "--operator-key", metavar="FILE", help="CURVE key pair of an operator (.key_secret)"
     )
     made.add_argument("--min", type=int, default=0, metavar="N", help="jobs always kept [0]")
-    made.add_argument("--max", type=int, default=4, metavar="N", help="maximum number of jobs [4]")
+    made.add_argument(
+        "--max",
+        type=int,
+        default=4,
+        metavar="N",
+        help="maximum number of jobs, but for those that end soon [4]",
+    )
     made.add_argument(
         "--idle-s",
         type=float,

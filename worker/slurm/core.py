@@ -116,8 +116,8 @@ class Fleet:
         wanted = min(bounds.most, max(bounds.least, wanted))
         lasting = [job for job in jobs if self._lasts(rows.get(worker_name(self._prefix, job.id)))]
         missing = wanted - len(lasting)
-        # One that ends soon holds its place until then: `most` counts all of them.
-        room = bounds.most - len(jobs) + (len(jobs) - len(lasting))
+        # One that ends soon does not count: its successor must be there before it is gone.
+        room = bounds.most - len(lasting)
         need = sight.waiting > 0 or len(lasting) < bounds.least or len(lasting) < len(jobs)
         if missing > 0 and need and sight.now_s >= self._not_before_s:
             plan.submit = max(0, min(missing, room, AT_ONCE))

@@ -25,6 +25,7 @@ __all__ = [
     "ChannelSplitter",
     "MarkSplitter",
     "Marks",
+    "PieceParser",
     "Splitter",
     "first_of",
     "held_back",
@@ -46,6 +47,20 @@ class Splitter(Protocol):
     @property
     def speaks(self) -> bool:
         """Whether content follows, neither a thought nor part of a mark, as far as it is known."""
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that became certain with this text."""
+
+    def finish(self) -> list[Piece]:
+        """End the answer: what was held back."""
+
+
+class PieceParser(Protocol):
+    """Gives the pieces of an answer as they become certain."""
+
+    @property
+    def in_thought(self) -> bool:
+        """Whether reasoning follows, as far as it is known."""
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that became certain with this text."""

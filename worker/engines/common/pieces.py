@@ -15,7 +15,7 @@ import msgspec
 
 from broker.protocol.messages import Params, Piece, PieceKind
 from broker.protocol.tool_parser import ObjectReader
-from worker.engines.common.answer_parser import AnswerParser, merged
+from worker.engines.common.answer_parser import PieceParser, merged
 from worker.engines.common.calls import ARGUMENTS, CALL, Calls
 from worker.engines.common.text import Detokenizer, StopBuffer
 
@@ -34,7 +34,7 @@ class PieceText:
 
     def __init__(
         self,
-        parser: AnswerParser,
+        parser: PieceParser,
         params: Params,
         prior_characters: int = 0,
         *,
@@ -158,7 +158,7 @@ class PieceStream:
         self,
         tokenizer: Any,
         params: Params,
-        parser: AnswerParser,
+        parser: PieceParser,
         marks: Sequence[str],
         *,
         prior_ids: Sequence[int] = (),

@@ -404,8 +404,9 @@ def _logprob(token: int, alternatives: int) -> TokenLogprob:
     """A made-up but deterministic log probability: the token, then its neighbours."""
     value = -(token % 100) / 100 - 0.01
     top = [
-        TopLogprob((token + rank) % VOCABULARY, value - rank, token_bytes((token + rank) % 256))
+        TopLogprob(other, value - rank, token_bytes(other))
         for rank in range(alternatives)
+        for other in ((token + rank) % VOCABULARY,)
     ]
     return TokenLogprob(value, token_bytes(token), top)
 

@@ -151,9 +151,11 @@ class Text:
                 self._half = bool(self._decoder.getstate()[0])
         if not self._stops:
             return text
-        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        # As `StopBuffer`: the one that is complete first, of two the longer.
+        found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops]
+        found = [each for each in found if each[1] >= 0]
         if found:
-            at, self.stopped_by = min(found)
+            _, at, self.stopped_by = min(found)
             self._held = ""
             return text[: at + len(self.stopped_by)] if self._include else text[:at]
         keep = 0

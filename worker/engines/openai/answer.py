@@ -26,7 +26,7 @@ from broker.protocol.messages import (
 )
 from broker.protocol.tool_parser import ToolCallParser
 from worker.engines.base import Ended, EngineEvent, Failed, Job, PromptFacts, Tokens, check_received
-from worker.engines.common.answer_parser import AnswerParser, merged, unsplit
+from worker.engines.common.answer_parser import PieceParser, merged, unsplit
 from worker.engines.common.calls import DetectedCalls
 from worker.engines.common.pieces import PieceText
 from worker.engines.common.reasoning import AnswerFormat, Begun
@@ -47,10 +47,10 @@ _ENDED_BY_FAULT: Final = ("abort", "error")
 _UNKNOWN_ID: Final = text_ids.hashed(b"")
 
 
-class _Given(AnswerParser):
+class _Given:
     """Pieces as the server split them, and its content as the model's own marks split it."""
 
-    def __init__(self, inner: AnswerParser) -> None:
+    def __init__(self, inner: PieceParser) -> None:
         self._inner = inner
         self._pieces: list[Piece] = []
 

@@ -341,7 +341,9 @@ class OpenAIEngine:
             self._tokens.append((time.monotonic(), len(event.token_ids)))
         elif isinstance(event, Ended | Failed) and running is not None:
             if isinstance(event, Ended) and event.timings.prefill_ms:
-                self._ttft_ms = 0.8 * self._ttft_ms + 0.2 * event.timings.prefill_ms
+                took_ms = event.timings.prefill_ms
+                before_ms = self._ttft_ms or took_ms
+                self._ttft_ms = 0.8 * before_ms + 0.2 * took_ms
             self._leave(running)
         self._events.append(event)
 

@@ -194,11 +194,14 @@ class Server:
         headers = {"user-agent": "tokenbus"}
         if settings.api_key:
             headers["authorization"] = f"Bearer {settings.api_key}"
-        verify: Any = settings.verify.lower() not in ("no", "false", "0")
-        if verify and settings.verify.lower() not in ("yes", "true", "1"):
+        verify: Any = settings.verify
+        if isinstance(verify, str):
             import ssl
 
-            verify = ssl.create_default_context(cafile=settings.verify)
+            try:
+                verify = ssl.create_default_context(cafile=verify)
+            except OSError as error:
+                raise EngineLoadError(f"--engine-arg verify={verify}: {error}") from None
         timeout = httpx2.Timeout(None, connect=CONNECT_S, write=QUESTION_S)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
         # Proxies named in the environment are for the web, not for one's own server.

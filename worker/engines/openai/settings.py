@@ -13,6 +13,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from worker.engines.base import EngineLoadError
+from worker.engines.common.arguments import boolean
 
 __all__ = ["EXTENSIONS", "SERVERS", "Settings", "read"]
 
@@ -87,7 +88,7 @@ class Settings:
     #: Parameters of the bus that it takes under the same name, besides those known.
     passes: tuple[str, ...] = ()
     #: Whether its certificate is checked; or the path of the authority's certificate.
-    verify: str = "yes"
+    verify: bool | str = True
 
     @property
     def root(self) -> str:
@@ -137,7 +138,7 @@ def read(arguments: Mapping[str, str]) -> Settings:
         tokenizer=given.get("tokenizer", ""),
         silent_s=_number(given, "silent_s", 120.0),
         passes=tuple(filter(None, given.get("passes", "").split(","))),
-        verify=given.get("verify", "yes"),
+        verify=_verify(given),
     )
 
 
@@ -183,9 +184,22 @@ def _flag(given: Mapping[str, str], name: str) -> bool | None:
     value = given.get(name, "").lower()
     if not value or value == "auto":
         return None
-    if value in ("yes", "true", "1", "no", "false", "0"):
-        return value in ("yes", "true", "1")
-    raise EngineLoadError(f"--engine-arg {name}={value}: expected yes or no")
+    try:
+        return boolean(value)
+    except ValueError:
+        raise EngineLoadError(f"--engine-arg {name}={value}: expected yes or no") from None
+
+
+def _verify(given: Mapping[str, str]) -> bool | str:
+    value = given.get("verify", "yes")
+    try:
+        return boolean(value)
+    except ValueError:
+        if not Path(value).is_file():
+            raise EngineLoadError(
+                f"--engine-arg verify={value}: expected yes, no or a file of certificates"
+            ) from None
+        return value
 
 
 def _number(given: Mapping[str, str], name: str, default: float) -> float:

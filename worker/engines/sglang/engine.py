@@ -163,8 +163,9 @@ def sampling_parameters(
                 "count the tokens so far; send the request again",
                 details={"parameter": name},
             )
-    bias = {str(token_id): NEVER for token_id in placeholders}
-    bias |= {str(token_id): value for token_id, value in params.logit_bias}
+    bias = {str(token_id): value for token_id, value in params.logit_bias}
+    # Whatever the caller asks, no placeholder of an image may be in an answer.
+    bias |= {str(token_id): NEVER for token_id in placeholders}
     result = {
         "temperature": params.temperature,
         "top_p": params.top_p,
