@@ -7,6 +7,7 @@ some seconds. The secret key of an invitation is in the line alone and in no fil
 from __future__ import annotations
 
 import argparse
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -66,7 +67,8 @@ def invite(arguments: Sequence[str], *, program: str) -> tuple[str, str]:
             f"{options.name} is on a list already: choose another name, or revoke it first"
         )
     public, secret = auth.fresh_pair()
-    until = None if options.expires is None else time.time() + options.expires
+    # The list knows whole seconds; the line must say the same.
+    until = None if options.expires is None else math.ceil(time.time() + options.expires)
     auth.allow(folder, role, public, options.name, until)
     made = invitation.Invitation(
         role=role,

@@ -154,7 +154,7 @@ def test_a_classifier_gives_the_probability_of_every_label(make: Any, tmp_path: 
             scores(engine, Kind.CLASSIFY, "mood", inputs=[ids])[0], abs=1e-6
         )
         refused = ask(engine, Kind.RERANK, "mood", pairs=PAIRS)
-        assert "it has 3 labels" in refused.failed.message
+        assert "one label, and it has 3" in refused.failed.message
         for kind, fields in ((Kind.EMBED, {"inputs": ["x"]}), (Kind.COMPLETE, {"prompt": "x"})):
             assert ask(engine, kind, "mood", **fields).failed.code == "invalid_request"
     finally:

@@ -89,10 +89,10 @@ def test_an_animation_gives_its_first_frame() -> None:
     ("data", "code", "words"),
     [
         (b"", "invalid_request", "empty"),
-        (b"no picture at all", "invalid_request", "none of JPEG"),
+        (b"no picture at all", "invalid_request", "none of the formats JPEG"),
         (tiny.image(1)[:60], "invalid_request", ""),
         (tiny.image(1, 400, 400, "JPEG")[:400], "invalid_request", "truncated"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "invalid_request", "none of JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "invalid_request", "none of the formats JPEG"),
     ],
     ids=["empty", "text", "torn header", "torn body", "postscript"],
 )

@@ -160,6 +160,7 @@ def test_the_line_has_what_the_broker_expects_and_no_file_keeps_its_secret(keys:
     assert made.brokers == ["tcp://bus.example:443"]
     assert made.public in auth.load_allow_lists(keys).workers
     assert made.until is not None and abs(made.until - time.time() - 30 * 86_400) < 600
+    assert auth.names(keys)["desktop"] == ("worker", made.until), "the list and the line agree"
     assert not any(made.secret in path.read_text() for path in keys.iterdir())
     assert all(path.stat().st_mode & 0o077 == 0 for path in keys.iterdir())
 
