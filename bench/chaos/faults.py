@@ -224,7 +224,7 @@ def _slow_reader(blow: Blow) -> None:
         return blow.stage.stats().get("peers_overflowed_total", 0) >= 1
 
     try:
-        wait_for(cut_off, "the slow reader to be cut off", 60)
+        wait_for(cut_off, "the slow reader to be cut off", 180)
     finally:
         peer.close()
     _note_memory(blow, memory_bytes(blow.broker().pid) - before)
