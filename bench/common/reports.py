@@ -161,7 +161,7 @@ class Report:
     ) -> Row:
         """Add a figure, and its ratio to `against`, the peer's figure, if that is given.
 
-        Parameters that are None are left out.
+        A parameter whose value is None is omitted from the row.
         """
         known = {key: value for key, value in parameters.items() if value is not None}
         row = Row(name, _median(value), unit, peer=peer, parameters=known)

@@ -1,5 +1,5 @@
-"""What a tokenizer tells of itself: no more than it says, nothing of the machine, and the tokens
-for filling in a middle only where the vocabulary has all three."""
+"""The facts about a tokenizer: only those that it states, none about the machine, and the tokens
+for filling in a middle only if its vocabulary has all three."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ Scene = tuple[Item, ...]
 
 
 def make_scene(rng: random.Random, item_count: int | None = None) -> Scene:
-    """Draw a random scene of `item_count` items, or of one to four if that is None."""
+    """Draw a random scene of `item_count` items; None: of one to four."""
     count = item_count or rng.choices((1, 2, 3, 4), (35, 35, 20, 10))[0]
     cells = rng.sample([(row, column) for row in range(GRID) for column in range(GRID)], count)
     names: set[tuple[str, str]] = set()

@@ -266,10 +266,7 @@ class Folder:
 
     def upload(self, id_: str, owner: str) -> Sent:
         """An upload of this key. Raises NotHere."""
-        rows = self._rows("SELECT sent FROM uploads WHERE id = ? AND owner = ?", id_, owner)
-        if not rows:
-            raise NotHere
-        return _SENT.decode(rows[0][0])
+        return _sent(self._database.cursor(), id_, owner)
 
     def parts(self, upload_id: str) -> dict[str, int]:
         """Sizes in bytes by the ids of the parts."""
