@@ -14,7 +14,7 @@ from client.gateway.convert import checked
 from client.gateway.openai.generation import RETRY, naming
 from client.gateway.sse import until_disconnect
 
-__all__ = ["ask", "ids_of", "request_of", "text_of"]
+__all__ = ["ask", "facts_of", "ids_of", "request_of", "text_of"]
 
 
 def request_of(context: RequestContext, model: str, kind: Kind, **given: Any) -> Request:
@@ -48,6 +48,14 @@ async def ids_of(
     request = request_of(context, model, Kind.TOKENIZE, prompt=text, tokenize_args=arguments)
     ids: list[int] = calls.field_of(await ask(context, request, (), field), "token_ids")
     return ids
+
+
+async def facts_of(context: RequestContext, model: str, about: str, field: str) -> dict[str, Any]:
+    """What the engine states about its tokenizer: `tokenizer` or `infill`; empty if nothing."""
+    arguments = {"add_special_tokens": False, about: True}
+    request = request_of(context, model, Kind.TOKENIZE, prompt="", tokenize_args=arguments)
+    end = await ask(context, request, (), field)
+    return dict((end.result or {}).get(about) or {})
 
 
 async def text_of(context: RequestContext, model: str, ids: list[int], field: str) -> str:

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from broker.protocol.messages import Kind
 from client.gateway.context import RequestContext
 from client.gateway.convert import Generation, checked
 from client.gateway.errors import invalid
-from client.gateway.tokens.asking import ask, ids_of, request_of
+from client.gateway.tokens.asking import facts_of, ids_of
 
 __all__ = ["InfillForm", "infill_form", "with_suffix"]
 
@@ -79,15 +78,7 @@ class InfillForm:
 
 async def infill_form(context: RequestContext, model: str, field: str) -> InfillForm:
     """The model's form. Raises GatewayError naming `field` if it has none."""
-    request = request_of(
-        context,
-        model,
-        Kind.TOKENIZE,
-        prompt="",
-        tokenize_args={"add_special_tokens": False, "infill": True},
-    )
-    end = await ask(context, request, (), field)
-    marks = dict((end.result or {}).get("infill") or {})
+    marks = await facts_of(context, model, "infill", field)
     if not marks:
         raise invalid(
             field,

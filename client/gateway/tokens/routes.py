@@ -19,7 +19,7 @@ from client.gateway.convert import Generation, chat_call
 from client.gateway.errors import invalid
 from client.gateway.openai.models import find_model, visible_models
 from client.gateway.openai.responses import input_of
-from client.gateway.tokens.asking import ask, request_of, text_of
+from client.gateway.tokens.asking import ask, facts_of, request_of, text_of
 from client.gateway.tokens.bodies import (
     DetokenizeRequest,
     InputTokensRequest,
@@ -80,15 +80,7 @@ async def _tokenizer_info(context: RequestContext) -> Response:
     given = context.request.query_params.get("model", "")
     name = context.gateway.config.served_name(given) if given else await context.only_model()
     model = _allowed(context, name)
-    request = request_of(
-        context,
-        model,
-        Kind.TOKENIZE,
-        prompt="",
-        tokenize_args={"add_special_tokens": False, "tokenizer": True},
-    )
-    end = await ask(context, request, (), "model")
-    told = (end.result or {}).get("tokenizer")
+    told = await facts_of(context, model, "tokenizer", "model")
     if not told:
         raise invalid("model", f"`model`: the engine of {model!r} does not tell of its tokenizer.")
     found = find_model(await visible_models(context), model)
