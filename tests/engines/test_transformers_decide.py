@@ -199,9 +199,9 @@ def _computed(engine: Any) -> list[int]:
         tokens.append(end - start)
         return one(slot, sequence, start, end, **options)
 
-    def prefill_many(slot: int, sequences: Sequence[Any]) -> Any:
+    def prefill_many(slot: int, sequences: Sequence[Any], *along: Any) -> Any:
         tokens.append(len(sequences) * max(s.total - s.filled for s in sequences))
-        return many(slot, sequences)
+        return many(slot, sequences, *along)
 
     forward.prefill, forward.prefill_many = prefill, prefill_many
     return tokens

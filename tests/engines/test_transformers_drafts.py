@@ -73,10 +73,10 @@ def runner_of(engine: TransformersEngine) -> Any:
 
 def guided(engine: TransformersEngine, right: dict[bytes, list[int]], seed: int = 0) -> SlotDrafts:
     """Let the engine draft what is right, mostly."""
-    runner = runner_of(engine)
-    assert runner._drafts is not None, "the engine does not draft"
-    runner._drafts = Oracle(runner._drafts._longest, right, seed)
-    return runner._drafts
+    decode = runner_of(engine)._decode
+    assert decode.drafts is not None, "the engine does not draft"
+    decode.drafts = Oracle(decode.drafts._longest, right, seed)
+    return decode.drafts
 
 
 def events_of(engine: TransformersEngine, jobs: Sequence[Job]) -> dict[bytes, list[EngineEvent]]:
@@ -380,13 +380,13 @@ def test_a_thought_is_closed_at_its_budget_in_the_middle_of_a_draft(constrained:
     # From the second time on, the prompt is in the prefix cache.
     events_of(engine, asked_for)
     wanted = events_of(engine, asked_for)
-    runner = runner_of(engine)
-    before = runner._drafts
+    decode = runner_of(engine)._decode
+    before = decode.drafts
     guided(engine, {one: answer_of(events) for one, events in wanted.items()})
     try:
         got = events_of(engine, asked_for)
     finally:
-        runner._drafts = before
+        decode.drafts = before
     for job in asked_for:
         assert_same(got[job.request_id], wanted[job.request_id])
 
@@ -453,14 +453,14 @@ def test_drafts_can_be_switched_off_and_are_off_where_the_self_test_finds_them_w
     model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     off = tiny.serve(model, speculate="off")
-    assert runner_of(off)._drafts is None
+    assert runner_of(off)._decode.drafts is None
     off.close()
     monkeypatch.setattr(
         "worker.engines.transformers.selftest._drafts_agree", lambda *arguments: False
     )
     with caplog.at_level("INFO", "worker.engines"):
         engine = tiny.serve(model)
-    assert runner_of(engine)._drafts is None
+    assert runner_of(engine)._decode.drafts is None
     assert "answers are not drafted" in caplog.text
     engine.close()
 
@@ -496,7 +496,7 @@ def with_draft_model(model: Any, draft: Any, **settings: Any) -> TransformersEng
         draft=wrap_model(draft, tiny.tokenizer()),
     )
     engine = TransformersEngine([served], own, slots=4)
-    runner_of(engine)._drafts.speculator = Eager()
+    runner_of(engine)._decode.drafts.speculator = Eager()
     return engine
 
 
@@ -540,7 +540,7 @@ def test_memory_that_a_draft_model_lacks_costs_no_request(
     wanted = events_of(plain, jobs)
     plain.close()
     engine = with_draft_model(model, tiny.llama())
-    small = runner_of(engine)._drafts._model
+    small = runner_of(engine)._decode.drafts._model
 
     def short(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("too little for the draft model")
@@ -569,8 +569,8 @@ def test_a_worker_loads_the_draft_model_of_its_option(tmp_path: Path) -> None:
         tiny.llama(hidden=hidden).save_pretrained(tmp_path / name)
         tiny.tokenizer().save_pretrained(tmp_path / name)
     engine = tiny.load(tmp_path / "large", draft_model=str(tmp_path / "small"))
-    assert runner_of(engine)._drafts._model is not None
-    assert runner_of(engine)._drafts._model.cache.budget > 0
+    assert runner_of(engine)._decode.drafts._model is not None
+    assert runner_of(engine)._decode.drafts._model.cache.budget > 0
     engine.close()
     with pytest.raises(EngineLoadError, match="exclude each other"):
         tiny.load(

@@ -23,7 +23,7 @@ from worker.engines.transformers.forward import Forward
 from worker.engines.transformers.fused import fuse_layers
 from worker.engines.transformers.kernels import compiled
 from worker.engines.transformers.loaded import wrap_model
-from worker.engines.transformers.packing import common_prefixes
+from worker.engines.transformers.packing import Along, common_prefixes
 
 pytestmark = pytest.mark.skipif(
     compiled(torch.float32, 16, 2) is None, reason="there is no C compiler"
@@ -103,6 +103,45 @@ def test_rows_of_any_length_are_computed_without_padding(
     for got, row, draft in zip(logits, rows, drafts, strict=True):
         want = _plain(plain, row.prompt.ids + row.answer + draft)
         _close(got[: len(draft) + 1], want[-len(draft) - 1 :], error)
+
+
+@pytest.mark.parametrize("drafted", [False, True], ids=["alone", "drafts"])
+@torch.inference_mode()
+def test_rows_decode_in_the_forward_of_a_prompt(drafted: bool) -> None:
+    """With several prompts, which end, and with a piece of one, which does not."""
+    model = text_model("llama")
+    plain = copy.deepcopy(model)
+    fuse_layers(model, pack=True)
+    forward = _forward(model)
+    rows = [_sequence(_ids(length, length)) for length in (70, 5, 20, 90, 200)]
+    assert forward.cache.reserve(len(rows), 320, 0, 0)
+    forward.prefill_many(0, rows[:2])
+    drafts = [[41, 42], []] if drafted else None
+
+    def along(answer: int) -> Along:
+        for row in rows[:2]:
+            row.filled = row.total
+            row.answer.append(answer)
+        return Along(rows[:2], drafts, 3 if drafted else 1)
+
+    def check(decoded: Along) -> None:
+        assert decoded.logits is not None
+        assert decoded.logits.shape[:-1] == ((2, 3) if drafted else (2,))
+        for place, row in enumerate(rows[:2]):
+            draft = [] if drafts is None else drafts[place]
+            want = _plain(plain, row.prompt.ids + row.answer + draft)[-len(draft) - 1 :]
+            got = decoded.logits[place]
+            _close(got[: len(draft) + 1] if drafted else got[None], want, 1e-5)
+
+    decoded = along(77)
+    for got, row in zip(forward.prefill_many(2, rows[2:4], decoded), rows[2:4], strict=True):
+        _close(got, _plain(plain, row.prompt.ids)[-1], 1e-5)
+    check(decoded)
+    decoded = along(78)
+    logits = forward.prefill(4, rows[4], 0, 120, kept=(3, 119), along=decoded)
+    _close(logits, _plain(plain, rows[4].prompt.ids)[[3, 119]], 1e-5)
+    check(decoded)
+    _close(forward.prefill(4, rows[4], 120, 200)[0], _plain(plain, rows[4].prompt.ids)[-1], 1e-5)
 
 
 @pytest.mark.parametrize("common", [64, 300])

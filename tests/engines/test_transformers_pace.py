@@ -13,8 +13,13 @@ from tests.engines import tiny
 
 pytest.importorskip("transformers", reason="install tokenbus[worker]")
 
-from worker.engines.transformers.forward import _runs
-from worker.engines.transformers.pace import SMALLEST_PIECE, PrefillCostModel, StepBudget
+from worker.engines.transformers.pace import (
+    SMALLEST_PIECE,
+    Load,
+    PrefillCostModel,
+    StepBudget,
+)
+from worker.engines.transformers.packing import Along, even_runs
 from worker.engines.transformers.slots import SlotRunner
 from worker.engines.transformers.step_costs import StepCosts
 
@@ -126,6 +131,14 @@ def test_time_for_admission_counts_as_part_of_the_step() -> None:
     assert cost_ms(late.piece(0), 0) + 50.0 <= BOUND_MS < cost_ms(step.piece(0), 0) + 50.0
 
 
+def test_rows_that_decode_in_the_same_forward_count_towards_its_time() -> None:
+    pace = PrefillCostModel()
+    pieces(pace, 1000, cost_ms)
+    step, fuller = (StepBudget(pace, 256, BOUND_MS) for _ in range(2))
+    fuller.along = Load(60, 60 * 500)
+    assert fuller.piece(0) < step.piece(0) - 50
+
+
 class Machine:
     """The engine on a machine that others use too: forward passes move its clocks, and the wall
     clock runs `load` times as fast as the CPU time of the engine."""
@@ -152,12 +165,12 @@ class Machine:
         prefill, prefill_many, decode = forward.prefill, forward.prefill_many, forward.decode
 
         def one(slot: int, sequence: Any, start: int, end: int, **more: Any) -> Any:
-            self.take(end - start, start)
+            self.take(end - start, start, more.get("along"))
             return prefill(slot, sequence, start, end, **more)
 
-        def many(slot: int, sequences: list[Any]) -> Any:
-            self.take(len(sequences) * max(s.total - s.filled for s in sequences), 0)
-            return prefill_many(slot, sequences)
+        def many(slot: int, sequences: list[Any], along: Along | None = None) -> Any:
+            self.take(len(sequences) * max(s.total - s.filled for s in sequences), 0, along)
+            return prefill_many(slot, sequences, along)
 
         def decoded(sequences: list[Any]) -> Any:
             self.cpu_s += (12 + 0.8 * len(sequences)) / 1e3
@@ -167,8 +180,9 @@ class Machine:
         monkeypatch.setattr(forward, "prefill_many", many)
         monkeypatch.setattr(forward, "decode", decoded)
 
-    def take(self, tokens: int, start: int) -> None:
-        self.cpu_s += cost_ms(tokens, start) / 1e3
+    def take(self, tokens: int, start: int, along: Along | None) -> None:
+        decoded = len(along.sequences) if along is not None else 0
+        self.cpu_s += (cost_ms(tokens, start) + 0.8 * decoded) / 1e3
         self.computed.append(tokens)
 
     def streams(self, count: int) -> None:
@@ -226,6 +240,46 @@ def test_others_on_the_machine_make_no_prompts_smaller(monkeypatch: pytest.Monke
             finally:
                 machine.engine.close()
     assert counts[10.0] <= counts[1.0] < 10
+
+
+def test_streams_get_a_token_with_every_forward_of_prompts(machine: Machine) -> None:
+    """They used to wait until all prompts that came together were computed: four forwards."""
+    if not machine.runner.forward.packs:
+        pytest.skip("forwards are not packed here: there is no C compiler")
+    pieces(machine.runner.costs.pace, 600, cost_ms)
+    machine.streams(8)
+    jobs = [tiny.ids_job(ids, max_tokens=2) for ids in tiny.prompts(24, low=40, high=40)]
+    for job in jobs:
+        machine.engine.add(job)
+    tiny.await_prepared(machine.engine)
+    streams = set(machine.engine._jobs) - {job.request_id for job in jobs}
+    machine.computed.clear()
+    while any(job.request_id in machine.engine._jobs for job in jobs):
+        forwards = len(machine.computed)
+        events = machine.engine.step()
+        assert len(machine.computed) <= forwards + 1
+        assert streams <= {event.request_id for event in events}
+    assert sum(machine.computed) == 24 * 40
+    assert len(machine.computed) <= 12
+
+
+def test_short_prompts_that_keep_coming_in_pairs_do_not_starve_a_long_one(
+    machine: Machine,
+) -> None:
+    """Prompts computed together took all tokens of every step, the half of the oldest too."""
+    machine.streams(2)
+    long = tiny.ids_job(tiny.prompts(1, low=1000, high=1000)[0], max_tokens=1)
+    machine.engine.add(long)
+    tiny.await_prepared(machine.engine)
+    short = iter(tiny.prompts(200, low=20, high=20))
+    for pair in zip(short, short, strict=True):
+        if long.request_id not in machine.engine._jobs:
+            break
+        for ids in pair:
+            machine.engine.add(tiny.ids_job(ids, max_tokens=1))
+        tiny.await_prepared(machine.engine)
+        machine.engine.step()
+    assert long.request_id not in machine.engine._jobs
 
 
 class Accelerator:
@@ -306,7 +360,7 @@ def test_a_device_without_times_is_bounded_by_its_chunk(
 def test_a_long_row_is_decoded_apart_where_that_spares_reading(
     lengths: list[int], runs: list[tuple[int, int]]
 ) -> None:
-    assert _runs(lengths, worth=7000) == runs
+    assert even_runs(lengths, worth=7000) == runs
 
 
 def test_rows_decoded_apart_answer_as_together() -> None:

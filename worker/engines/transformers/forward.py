@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Sequence as Items
 from contextlib import contextmanager
 from enum import Enum, auto
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,7 +23,14 @@ from worker.engines.transformers.graphs import StaticDecode
 from worker.engines.transformers.kv_int8 import KvInt8
 from worker.engines.transformers.loaded import LoadedModel
 from worker.engines.transformers.packed import packed_bytes
-from worker.engines.transformers.packing import CommonPrefixes, Packing, Piece, common_prefixes
+from worker.engines.transformers.packing import (
+    Along,
+    CommonPrefixes,
+    Layout,
+    Piece,
+    common_prefixes,
+    even_runs,
+)
 from worker.engines.transformers.vision import ImageFeatures, Vision
 
 __all__ = ["Forward", "StaticUse", "Unsupported"]
@@ -138,21 +144,32 @@ class Forward:
         sequence.rope_delta = int(self._rope_owner.rope_deltas.reshape(-1)[0])
         sequence.rope_positions = positions
 
+    def takes_along(self, sequence: Sequence, start: int, end: int) -> bool:
+        """Whether the forward of these tokens of a sequence can also decode other rows."""
+        return self.packs and end <= sequence.stem_tokens and start >= sequence.prompt.media_end
+
     def prefill(
-        self, slot: int, sequence: Sequence, start: int, end: int, *, kept: Items[int] = ()
+        self,
+        slot: int,
+        sequence: Sequence,
+        start: int,
+        end: int,
+        *,
+        kept: Items[int] = (),
+        along: Along | None = None,
     ) -> torch.Tensor:
-        """Compute tokens `start` to `end` of a sequence in row `slot`.
+        """Compute tokens `start` to `end` of a sequence in row `slot`, and, where that can be
+        (`takes_along`), the next tokens of other rows.
 
         Returns logits [tokens, vocabulary] at the positions `kept`, in order; if it is empty, at
         the last token.
         """
         prompt = sequence.prompt
         branched = end > sequence.stem_tokens
-        if self.packs and not branched and start >= prompt.media_end:
+        if self.takes_along(sequence, start, end):
             piece = Piece(sequence, slot, start, sequence.tokens(start, end))
-            return self._packed(
-                [piece], [], [[position - start for position in kept] or [end - start - 1]]
-            )
+            places = [position - start for position in kept] or [end - start - 1]
+            return self._packed(Layout([piece], [], [places]), along)
         self.cache.plan.prefill(slot, start)
         ids = torch.tensor([sequence.tokens(start, end)]).to(self.device, non_blocking=True)
         arguments: dict[str, Any] = {"input_ids": ids}
@@ -267,20 +284,21 @@ class Forward:
         related = (numbers == 0) | (numbers == numbers[start:end, None])
         return self._kind_masks((past & related)[None], places[start:end, None][None], places)
 
-    def prefill_many(self, slot: int, sequences: list[Sequence]) -> torch.Tensor:
-        """Compute the remaining tokens of several prompts at once, in rows from `slot` on.
+    def prefill_many(
+        self, slot: int, sequences: list[Sequence], along: Along | None = None
+    ) -> torch.Tensor:
+        """Compute the remaining tokens of several prompts at once, in rows from `slot` on; where
+        forwards are packed, also the next tokens of other rows.
 
         They must not belong to images. Returns logits [rows, vocabulary] of the last tokens.
         """
         if self.packs:
+            pieces = [
+                Piece(one, row, one.filled, one.tokens(one.filled, one.total))
+                for row, one in enumerate(sequences, slot)
+            ]
             groups = common_prefixes(sequences, [sequence.filled for sequence in sequences])
-            return self._packed(
-                [
-                    Piece(one, row, one.filled, one.tokens(one.filled, one.total))
-                    for row, one in enumerate(sequences, slot)
-                ],
-                groups,
-            )
+            return self._packed(Layout.of_last(pieces, groups), along)
         tokens = max(sequence.total - sequence.filled for sequence in sequences)
         ids: list[list[int]] = []
         places: list[list[int]] = []
@@ -340,24 +358,19 @@ class Forward:
 
     # --- packed -----------------------------------------------------------------------------------
 
-    def _packed(
-        self,
-        pieces: list[Piece],
-        groups: list[tuple[list[int], int]],
-        kept: list[range | list[int]] | None = None,
-    ) -> torch.Tensor:
-        """Compute pieces of rows in one forward, without padding. `groups`: see `common_prefixes`.
-        Returns logits [tokens, vocabulary] of the last token of each piece, or of those whose
-        indices within their piece are in `kept`."""
+    def _packed(self, layout: Layout, along: Along | None = None) -> torch.Tensor:
+        """Compute pieces of rows in one forward, without padding, and the next tokens of the rows
+        that go along. Returns logits [tokens, vocabulary] of the tokens that the layout keeps."""
+        if along is None:
+            return self._laid_out(layout)
+        decoded = self._decoded(along)
+        logits = self._laid_out(decoded.and_then(layout))
+        along.logits = along.by_row(logits[: decoded.read])
+        return logits[decoded.read :]
+
+    def _laid_out(self, layout: Layout) -> torch.Tensor:
         assert self._direct is not None
-        packing = Packing.of(pieces, groups)
-        if kept is None:
-            kept = [[len(piece.ids) - 1] for piece in pieces]
-        wanted = [
-            begin + place
-            for begin, places in zip(packing.begins, kept, strict=True)
-            for place in places
-        ]
+        packing, wanted = layout.packed()
         self.cache.plan.packed = packing.packed
         return self._direct(
             torch.tensor([packing.ids]),
@@ -365,6 +378,9 @@ class Forward:
             self.cache,
             logits_to_keep=torch.tensor(wanted),
         )[0]
+
+    def _decoded(self, along: Along) -> Layout:
+        return along.layout(self._prefixes.decoded(along.sequences))
 
     # --- decode -----------------------------------------------------------------------------------
 
@@ -378,14 +394,8 @@ class Forward:
                 return logits
         lengths = [sequence.filled for sequence in sequences]
         if self.packs:
-            return self._packed(
-                [
-                    Piece(one, row, one.filled, [one.answer[-1]])
-                    for row, one in enumerate(sequences)
-                ],
-                self._prefixes.decoded(sequences),
-            )
-        runs = _runs(lengths, self._forward_tokens())
+            return self._laid_out(self._decoded(Along(sequences)))
+        runs = even_runs(lengths, self._forward_tokens())
         parts = [self._decode_run(sequences[start:end], start) for start, end in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -401,7 +411,8 @@ class Forward:
         """
         self._rope_axes = _axes(sequences[0], self._rope_axes)
         if self.packs:
-            return self._verify_packed(sequences, drafts, width)
+            along = Along(sequences, drafts, width)
+            return along.by_row(self._laid_out(self._decoded(along)))
         length = max(sequence.filled for sequence in sequences) + width
         tokens = [
             [sequence.answer[-1], *draft] + [0] * (width - 1 - len(draft))
@@ -420,22 +431,6 @@ class Forward:
             arguments["position_ids"] = self._decode_positions(positions, facts[:, 1])
         with self._grouped_heads():
             return self._run(arguments, sequences)
-
-    def _verify_packed(
-        self, sequences: list[Sequence], drafts: list[list[int]], width: int
-    ) -> torch.Tensor:
-        pieces = [
-            Piece(one, row, one.filled, [one.answer[-1], *draft])
-            for row, (one, draft) in enumerate(zip(sequences, drafts, strict=True))
-        ]
-        kept: list[range | list[int]] = [range(len(piece.ids)) for piece in pieces]
-        logits = self._packed(pieces, self._prefixes.decoded(sequences), kept)
-        if len(logits) == len(sequences) * width:
-            return logits.view(len(sequences), width, -1)
-        places = [row * width + at for row, each in enumerate(kept) for at in each]
-        result = logits.new_empty(len(sequences) * width, logits.shape[-1])
-        result[torch.tensor(places)] = logits
-        return result.view(len(sequences), width, -1)
 
     def _forward_tokens(self) -> int:
         """How many cached tokens take as long to read as the weights."""
@@ -537,33 +532,6 @@ class Forward:
         mask = arguments.get("attention_mask")
         alone = arguments["input_ids"].shape[1] == 1 or self.cache.plan.start == 0
         return arguments.keys() <= DIRECT and (isinstance(mask, torch.Tensor) or alone)
-
-
-def _runs(lengths: list[int], worth: int) -> list[tuple[int, int]]:
-    """Divide consecutive rows of these lengths into runs, each decoded in a forward of its own.
-    Every row of a run is read up to the length of the longest, so one long row would slow down all
-    others. A run is split if that saves reading more than `worth` tokens. Returns (start, end) of
-    each run."""
-    runs: list[tuple[int, int]] = []
-    open_ = [(0, len(lengths))]
-    while open_:
-        start, end = open_.pop()
-        count, longest = end - start, max(lengths[start:end])
-        cut, spared = 0, worth
-        if count * longest - sum(lengths[start:end]) > worth:
-            behind = list(accumulate(reversed(lengths[start:end]), max))
-            before = 0
-            for taken in range(1, count):
-                before = max(before, lengths[start + taken - 1])
-                rest = count - taken
-                gain = count * longest - taken * before - rest * behind[rest - 1]
-                if gain > spared:
-                    cut, spared = taken, gain
-        if cut:
-            open_ += [(start + cut, end), (start, start + cut)]
-        else:
-            runs.append((start, end))
-    return runs
 
 
 def _fan(stem: int, branches: Items[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,9 @@ Knows only numbers; must never look at a clock or touch a model.
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import NamedTuple
 
-__all__ = ["SMALLEST_PIECE", "PrefillCostModel", "StepBudget"]
+__all__ = ["NO_LOAD", "SMALLEST_PIECE", "Load", "PrefillCostModel", "StepBudget"]
 
 SMALLEST_PIECE = 8
 LARGEST_FLOOR = 32
@@ -36,6 +37,17 @@ SWEEPS = 30
 """Sweeps of coordinate descent per measurement; it starts from the last solution."""
 
 
+class Load(NamedTuple):
+    """Rows that decode in the same forward as a piece of a prompt."""
+
+    #: New tokens of all rows, and how many tokens of these rows precede them.
+    tokens: int
+    preceding: int
+
+
+NO_LOAD = Load(0, 0)
+
+
 class PrefillCostModel:
     """Learned costs of one model on one device."""
 
@@ -55,13 +67,17 @@ class PrefillCostModel:
         """Whether anything has been measured."""
         return any(self._costs)
 
-    def predicted_ms(self, tokens: int, start: int, rows: float = 1) -> float:
+    def predicted_ms(
+        self, tokens: int, start: int, rows: float = 1, along: Load = NO_LOAD
+    ) -> float:
         """Predicted milliseconds for a piece of `tokens` tokens that follow `start` computed ones.
         With several `rows`, `tokens` is their sum, and each row has `start` of its own."""
-        parts = _parts(tokens, start, rows)
+        parts = _parts(tokens, start, rows, along)
         return sum(cost * part for cost, part in zip(self._costs, parts, strict=True))
 
-    def tokens(self, start: int, left_ms: float, most: int, each: int = 0) -> int:
+    def tokens(
+        self, start: int, left_ms: float, most: int, each: int = 0, along: Load = NO_LOAD
+    ) -> int:
         """How many tokens that follow `start` computed ones fit into `left_ms`, at most `most`; 0
         if that is less than the smallest piece. `each`: they belong to several prompts, with this
         many tokens each; 0 for one prompt."""
@@ -72,7 +88,9 @@ class PrefillCostModel:
         fitting = bisect_right(
             sizes,
             room_ms,
-            key=lambda size: self.predicted_ms(size, start, max(size / each, 1) if each else 1),
+            key=lambda size: self.predicted_ms(
+                size, start, max(size / each, 1) if each else 1, along
+            ),
         )
         # Short prompts say little about the constant part: for a piece larger than any so far,
         # assume that its whole cost is proportional to its tokens.
@@ -89,19 +107,21 @@ class PrefillCostModel:
             return LARGEST_FLOOR if self.known else SMALLEST_PIECE
         return max(SMALLEST_PIECE, int(forward / each))
 
-    def learn(self, tokens: int, start: int, spent_ms: float, rows: int = 1) -> None:
+    def learn(
+        self, tokens: int, start: int, spent_ms: float, rows: int = 1, along: Load = NO_LOAD
+    ) -> None:
         """Record that a piece took `spent_ms`; for the other arguments see `predicted_ms`."""
         if tokens < 1 or spent_ms <= 0:
             return
         if self.known:
-            ratio = spent_ms / max(self.predicted_ms(tokens, start, rows), 1e-6)
+            ratio = spent_ms / max(self.predicted_ms(tokens, start, rows, along), 1e-6)
             # Believe slowness at once: the bound is a promise.
             weight = 1.0 if ratio > self._surprise else RELAX
             ratio = min(max(ratio, 1.0), WORST_SURPRISE)
             self._surprise += weight * (ratio - self._surprise)
         if tokens >= self._largest[0]:
             self._largest = (tokens, spent_ms)
-        parts = [part / spent_ms for part in _parts(tokens, start, rows)]
+        parts = [part / spent_ms for part in _parts(tokens, start, rows, along)]
         for i, one in enumerate(parts):
             self._products[i] = FORGET * self._products[i] + one
             for j, other in enumerate(parts):
@@ -128,6 +148,8 @@ class StepBudget:
         self._left_ms = bound_ms * MARGIN
         #: Whether anything has been spent.
         self.begun = False
+        #: Rows that will decode in the same forward.
+        self.along = NO_LOAD
 
     def tighten(self, bound_ms: float, spent_ms: float) -> None:
         """A stream is now waiting for its next token: apply its bound, of which `spent_ms` have
@@ -140,7 +162,7 @@ class StepBudget:
         progress."""
         if self.tokens <= 0:
             return 0
-        fitting = self._pace.tokens(start, self._left_ms, self.tokens, each)
+        fitting = self._pace.tokens(start, self._left_ms, self.tokens, each, self.along)
         return fitting or (0 if self.begun else min(self._pace.floor(start), self.tokens))
 
     def fits(self, ms: float) -> bool:
@@ -153,5 +175,6 @@ class StepBudget:
         self._left_ms -= spent_ms
 
 
-def _parts(tokens: int, start: int, rows: float = 1) -> tuple[float, float, float]:
-    return 1.0, float(tokens), tokens * (start + tokens / rows / 2)
+def _parts(tokens: int, start: int, rows: float, along: Load) -> tuple[float, float, float]:
+    attended = tokens * (start + tokens / rows / 2) + along.preceding
+    return 1.0, float(tokens + along.tokens), attended

@@ -143,10 +143,14 @@ class SlotDrafts:
         self.speculator.limit(rows * step.width - 1)
 
     def took(
-        self, sequences: list[Sequence], step: StepDrafts | None, accepted: list[int], ms: float
+        self,
+        sequences: list[Sequence],
+        step: StepDrafts | None,
+        accepted: list[int],
+        ms: float | None,
     ) -> None:
-        """A step (None: without drafts) took `ms` milliseconds, and `accepted` tokens of each row's
-        draft were right."""
+        """A step (`step` None: without drafts) took `ms` milliseconds (None: unknown), and
+        `accepted` tokens of each row's draft were right."""
         tokens, width, drafted_ms = len(sequences) + sum(accepted), 1, self._drafted_ms
         if step is not None:
             width = step.width

@@ -1,7 +1,8 @@
 """Prefill: which prompts a step computes, how much of each, and which of them in one forward.
 
-A step spends a budget of tokens and of time on the rows that are being prefilled. Must never
-tokenise or decode images.
+A step spends a budget of tokens and of time on the rows that are being prefilled. Where forwards
+are packed, the rows that decode go along with the first prompts, and the step ends there: streams
+then wait for one forward only. Must never tokenise or decode images.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from worker.engines.common.failures import is_out_of_memory
 from worker.engines.common.sampling import Sampled, prompt_logprobs
 from worker.engines.common.sequence import Sequence, State
 from worker.engines.transformers.forward import Forward
-from worker.engines.transformers.pace import StepBudget
+from worker.engines.transformers.pace import NO_LOAD, Load, StepBudget
+from worker.engines.transformers.packing import Along
 from worker.engines.transformers.prefix import sequence_key
+from worker.engines.transformers.slot_decode import Decode
 from worker.engines.transformers.slot_rows import SlotRows
 from worker.engines.transformers.slot_tokens import NewTokens
-from worker.engines.transformers.step_costs import StepCosts
+from worker.engines.transformers.step_costs import Started, StepCosts
 
 __all__ = ["Prefill"]
 
@@ -61,6 +64,7 @@ class Prefill:
         rows: SlotRows,
         tokens: NewTokens,
         costs: StepCosts,
+        decode: Decode,
         *,
         chunk: int,
         stall_ms: float,
@@ -71,6 +75,7 @@ class Prefill:
         self._rows = rows
         self._tokens = tokens
         self._costs = costs
+        self._decode = decode
         self._chunk = chunk
         self._stall_ms = stall_ms
         self._idle_ms = idle_ms
@@ -80,13 +85,18 @@ class Prefill:
         self._step = StepBudget(costs.pace, 0, 0.0)
         self._most = 0
         self._idle = True
+        #: Whether decoding rows go along with prompts.
+        self._mixes = forward.packs
+        #: The oldest prompt, and how many tokens of others were computed since its last turn.
+        self._oldest: Sequence | None = None
+        self._others = 0
 
     def run(self, events: list[EngineEvent], spent_ms: float, *, goes_on: bool) -> None:
         """Compute prompts within the step's budget, of which admissions took `spent_ms`; with
         `goes_on`, within what the last call left of its budget.
 
-        The prompt with the fewest tokens left goes first, but half of the budget is reserved for
-        the oldest, so that none starves.
+        The prompt with the fewest tokens left goes first, but after half of the budget it is the
+        oldest's turn, so that none starves.
         """
         if not goes_on or (self._idle and self._rows.active):
             # While no stream waits for a token, a larger batch of prompts is cheaper.
@@ -97,19 +107,25 @@ class Prefill:
             self._step.spend(0, spent_ms)
         step = self._step
         while len(self._rows.sequences) > self._rows.active:
-            if self._emits_first and self._tokens.fresh:
+            if self._decode.launched or (self._emits_first and self._tokens.fresh):
                 return
             if self._rows.active:
                 step.tighten(self._stall_ms, spent_ms)
+            if self._rows.active and self._mixes:
+                self._rows.make_room(events)
+                step.along = _load(self._rows.decoding)
+                if len(self._rows.sequences) == self._rows.active:
+                    return
             began_s = self._costs.now_s()
             if self._rows.release_followers():
                 step.spend(0, (self._costs.now_s() - began_s) * 1e3)
-            if self._together(step, events):
-                continue
             pending = [s for s in self._rows.prefilling if s.follows is None]
-            oldest = min(pending, key=lambda sequence: sequence.admitted)
+            oldest = self._oldest = min(pending, key=lambda sequence: sequence.admitted)
+            its_turn = self._others >= self._most / 2
+            if self._together(step, events, oldest if its_turn else None):
+                continue
             shortest = min(pending, key=lambda sequence: sequence.total - sequence.filled)
-            chosen = shortest if step.tokens > self._most / 2 else oldest
+            chosen = oldest if its_turn else shortest
             if chosen.total - chosen.filled > step.piece(chosen.filled) // 2:
                 chosen = oldest
             images = self._forward.images(chosen)
@@ -124,9 +140,12 @@ class Prefill:
                 return
             self._one(self._rows.sequences.index(chosen), limit, step, events)
 
-    def _together(self, step: StepBudget, events: list[EngineEvent]) -> bool:
-        """Prefill several prompts that fit into the budget in one forward. Returns False if there
-        are not at least two, or they have to be computed one by one."""
+    def _together(
+        self, step: StepBudget, events: list[EngineEvent], oldest: Sequence | None
+    ) -> bool:
+        """Prefill several prompts that fit into the budget in one forward; `oldest` must be one of
+        them, unless it is None. Returns False if there are not at least two, or they have to be
+        computed one by one."""
         if not self._forward.many_prompts or len(self._rows.sequences) - self._rows.active < 2:
             return False
         able = [s for s in self._rows.prefilling if s.follows is None and self._may_share(s)]
@@ -134,7 +153,7 @@ class Prefill:
         fanned = len(chosen) > 1
         if not fanned:
             start, chosen = self._of_similar_length(able, step)
-        if len(chosen) < 2:
+        if len(chosen) < 2 or (oldest is not None and oldest not in chosen):
             return False
         active = self._rows.active
         for place, sequence in enumerate(chosen, active):
@@ -145,18 +164,21 @@ class Prefill:
             rows = len(chosen)
             lengths = [sequence.total - sequence.filled for sequence in chosen]
             tokens = sum(lengths) if self._forward.packs else max(lengths) * rows
+        along = self._along()
         started = self._costs.start()
         try:
             if fanned:
                 logits = self._forward.prefill_fanned(active, chosen, start)
             else:
-                logits = self._forward.prefill_many(active, chosen)
-            self._costs.computed_piece(step, tokens, start, rows, started)
+                logits = self._forward.prefill_many(active, chosen, along)
+            self._computed(chosen, step, tokens, start, rows, started, along)
             choices = self._tokens.choices(chosen, logits)
         except Exception as error:
             if is_out_of_memory(error):
                 self._rows.on_out_of_memory(events)
                 step.spend(tokens, self._costs.spent_ms(started))
+                return True
+            if self._went_wrong(along, error):
                 return True
             # Computed one by one, only the prompt at fault fails.
             log.warning("prompts are computed one by one, since together they failed: %s", error)
@@ -197,24 +219,25 @@ class Prefill:
     def _of_similar_length(
         self, able: list[Sequence], step: StepBudget
     ) -> tuple[int, list[Sequence]]:
-        """The most tokens that any prompt has computed (for the estimate of costs), and the
-        prompts with the fewest tokens left, as many as fit into the budget with little padding. The
-        limit on padding holds even where nothing is padded: there it keeps short prompts from
+        """The prompts with the fewest tokens left, as many as fit into the budget with little
+        padding, after the most tokens that any of them has computed (for the estimate of costs).
+        The limit on padding holds even where nothing is padded: there it keeps short prompts from
         waiting for a much longer one."""
-        start = max((sequence.filled for sequence in able), default=0)
         chosen: list[Sequence] = []
-        real = 0
-        for sequence in sorted(able, key=lambda sequence: sequence.total - sequence.filled):
+        start = real = 0
+        for sequence in sorted(able, key=lambda s: (s.total - s.filled, s.admitted)):
             left = sequence.total - sequence.filled
             if self._forward.packs and real >= PACKED_TOKENS and not sequence.reads:
                 break
             padded = left * (len(chosen) + 1)
             real += left
+            behind = max(start, sequence.filled)
             computed = real if self._forward.packs else padded
-            if computed > step.piece(start, left) or padded - real > max(
+            if computed > step.piece(behind, left) or padded - real > max(
                 GROUP_TOKENS, GROUP_PADDING * padded
             ):
                 break
+            start = behind
             chosen.append(sequence)
         return start, chosen
 
@@ -245,12 +268,13 @@ class Prefill:
         start, end = sequence.filled, self._piece(sequence, limit)
         wants = sequence.wants_prompt_logprobs and start < len(sequence.prompt.ids)
         read = [position for position in sequence.reads if start <= position < end]
+        along = self._along() if self._forward.takes_along(sequence, start, end) else None
         started = self._costs.start()
         try:
             logits = self._forward.prefill(
-                row, sequence, start, end, kept=range(start, end) if wants else read
+                row, sequence, start, end, kept=range(start, end) if wants else read, along=along
             )
-            self._costs.computed_piece(step, end - start, start, 1, started)
+            self._computed([sequence], step, end - start, start, 1, started, along)
             scores = self._prompt_scores(sequence, start, end, logits) if wants else []
             whole = end == sequence.total
             if read:
@@ -268,9 +292,43 @@ class Prefill:
         except Exception as error:
             if is_out_of_memory(error) and len(self._rows.sequences) > 1:
                 self._rows.on_out_of_memory(events)
-            else:
+            elif not self._went_wrong(along, error):
                 self._rows.fail(self._rows.sequences.index(sequence), error, events)
             step.spend(end - start, self._costs.spent_ms(started))
+
+    def _along(self) -> Along | None:
+        """The decode that goes along with prompts, if there is one and it is not computed yet."""
+        if self._mixes and self._rows.active and not self._decode.launched:
+            return self._decode.along()
+        return None
+
+    def _went_wrong(self, along: Along | None, error: Exception) -> bool:
+        """Whether a forward of prompts and decoding rows failed: from now on they are computed
+        apart, so that only what is at fault fails."""
+        if along is None or along.logits is not None:
+            return False
+        log.warning("prompts and running requests are computed apart, since together: %s", error)
+        self._mixes = False
+        return True
+
+    def _computed(
+        self,
+        sequences: list[Sequence],
+        step: StepBudget,
+        tokens: int,
+        start: int,
+        rows: int,
+        started: Started,
+        along: Along | None,
+    ) -> None:
+        """A forward of these prompts was computed or launched (other arguments as in
+        `StepCosts.computed_piece`)."""
+        self._others = 0 if self._oldest in sequences else self._others + tokens
+        load = NO_LOAD
+        if along is not None:
+            load = _load(along.sequences, along.tokens)
+            self._decode.went_along(along)
+        self._costs.computed_piece(step, tokens, start, rows, started, load)
 
     def _compute_image(
         self, sequence: Sequence, step: StepBudget, events: list[EngineEvent]
@@ -300,3 +358,8 @@ class Prefill:
                 logits[:count], ids[start + 1 : start + 1 + count], top, self._tokens.token_bytes
             )
         return scores
+
+
+def _load(decoding: list[Sequence], tokens: int = 0) -> Load:
+    """What these rows add to a forward, with so many tokens; 0: one each."""
+    return Load(tokens or len(decoding), sum(sequence.filled for sequence in decoding))

@@ -1,54 +1,33 @@
 """Continuous batching over the slot cache: what a step does, in which order.
 
 One step spends a token budget on the rows being prefilled (`slot_prefill`), then computes one token
-for every decoding row in one forward. Sequences join and leave at any step (`slot_rows`). Runs on
-the engine's thread only; must never tokenise or decode images.
+for every decoding row in one forward (`slot_decode`). Where the model's layers compute tokens of
+different rows without padding, a prompt and all decoding rows share a forward. Sequences join and
+leave at any step (`slot_rows`). Runs on the engine's thread only; must never tokenise or decode
+images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from worker.engines.base import EngineEvent
-from worker.engines.common.failures import is_out_of_memory
 from worker.engines.common.sequence import Sequence, State
 from worker.engines.transformers.forward import Forward
-from worker.engines.transformers.memory import release_cached
-from worker.engines.transformers.slot_drafts import SlotDrafts, StepDrafts
+from worker.engines.transformers.slot_decode import Decode
+from worker.engines.transformers.slot_drafts import SlotDrafts
 from worker.engines.transformers.slot_prefill import Prefill
 from worker.engines.transformers.slot_rows import SlotRows
 from worker.engines.transformers.slot_tokens import NewTokens
-from worker.engines.transformers.step_costs import Started, StepCosts
+from worker.engines.transformers.step_costs import StepCosts
 
 if TYPE_CHECKING:
     from worker.engines.common.runner import RunnerCounts
 
 __all__ = ["SlotRunner"]
-
-
-@dataclass(slots=True)
-class _Computed:
-    """A decode that was launched."""
-
-    sequences: list[Sequence]
-    #: [rows, vocabulary], or [rows, width, vocabulary] with drafts.
-    logits: torch.Tensor
-    drafts: StepDrafts | None
-    started: Started
-
-    def keep(self, kept: list[int]) -> None:
-        """Drop all rows but those at these indices."""
-        if len(kept) == len(self.sequences):
-            return
-        self.sequences = [self.sequences[index] for index in kept]
-        self.logits = self.logits[torch.tensor(kept, dtype=torch.long, device=self.logits.device)]
-        if self.drafts is not None:
-            drafts = [self.drafts.drafts[index] for index in kept]
-            self.drafts = StepDrafts(self.drafts.width, drafts)
 
 
 KEPT_CAPACITY = 4096
@@ -78,21 +57,19 @@ class SlotRunner:
         self.rows = SlotRows(forward, slots, whole_prompts=whole_prompts)
         self._tokens = NewTokens(self.rows, banned_ids, token_bytes)
         self.costs = StepCosts(forward.device)
+        self._decode = Decode(forward, self.rows, self._tokens, self.costs, drafts)
         self._prefill = Prefill(
             forward,
             self.rows,
             self._tokens,
             self.costs,
+            self._decode,
             chunk=prefill_chunk,
             stall_ms=stall_ms,
             idle_ms=idle_ms,
             emits_first=not overlap,
         )
         self._overlap = overlap
-        #: Drafts for speculative decoding; None if every step computes one token per row.
-        self._drafts = drafts
-        #: A decode that was launched but not collected yet.
-        self._computed: _Computed | None = None
         #: Whether the last call returned first tokens and left the rest of its step to the next.
         self._first_emitted = False
 
@@ -113,7 +90,7 @@ class SlotRunner:
             kv_total_tokens=self.cache.budget,
             prefix_tokens=self.rows.prefix.tokens,
             prefix_hit_tokens=self.rows.prefix.hit_tokens,
-            **({} if self._drafts is None else self._drafts.counts()),
+            **({} if self._decode.drafts is None else self._decode.drafts.counts()),
         )
 
     def submit(self, sequence: Sequence) -> None:
@@ -127,26 +104,22 @@ class SlotRunner:
         for sequence in grown:
             self.rows.leave(self.rows.sequences.index(sequence))
             sequence.state, sequence.drafted = State.WAITING, 0
-        if grown and self._computed is not None:
-            sequences = self._computed.sequences
-            self._computed.keep([i for i, one in enumerate(sequences) if one not in grown])
-            if not self._computed.sequences:
-                self._computed = None
+        self._decode.leave_out(grown)
         return grown
 
     @property
     def draft_token_bytes(self) -> int:
         """Bytes of a draft model's own KV cache for each token of ours; 0 without one."""
-        return 0 if self._drafts is None else self._drafts.token_bytes
+        return 0 if self._decode.drafts is None else self._decode.drafts.token_bytes
 
     def limit_drafts(self, tokens: int) -> None:
         """Limit a draft model's KV cache to so many tokens over all rows."""
-        if self._drafts is not None:
-            self._drafts.limit(tokens)
+        if self._decode.drafts is not None:
+            self._decode.drafts.limit(tokens)
 
     def close(self) -> None:
         self.rows.clear()
-        self._computed = None
+        self._decode.forget()
 
     @torch.inference_mode()
     def step(self) -> list[EngineEvent]:
@@ -160,7 +133,7 @@ class SlotRunner:
         ):
             self.cache.shrink(self.cache.slots, KEPT_CAPACITY)
         if self._overlap:
-            self._collect(events)
+            self._decode.collect(events)
         began_s = self.costs.now_s()
         self.rows.admit(events)
         spent_ms = (self.costs.now_s() - began_s) * 1e3
@@ -168,86 +141,16 @@ class SlotRunner:
         self._first_emitted = False
         if self._overlap:
             # The device computes the next tokens while the host emits the last ones.
-            self._launch(events)
+            self._decode.launch(events)
+        elif self._decode.launched:
+            # Every stream's next token was computed together with a prompt.
+            self._decode.collect(events)
         elif self._tokens.fresh:
             # First tokens are returned at once. The rest of this step (further prompts within the
             # same budget, and the decode) is left to the next call.
             self._first_emitted = True
         elif self.rows.active:
-            self._launch(events)
-            self._collect(events)
+            self._decode.launch(events)
+            self._decode.collect(events)
         self._tokens.emit(events)
         return events
-
-    # --- decode -----------------------------------------------------------------------------------
-
-    def _launch(self, events: list[EngineEvent]) -> None:
-        """Launch the forward for the next token of every active row; an accelerator may still be
-        computing when this returns."""
-        self.rows.make_room(events)
-        sequences = self.rows.decoding
-        if not sequences:
-            return
-        drafts = self._drafts.plan(sequences, self.cache.capacity) if self._drafts else None
-        started = self.costs.start()
-        try:
-            logits = self._forward(sequences, drafts)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if drafts is None:
-                self.rows.on_out_of_memory(events)
-            else:
-                self._without_drafts(sequences, drafts)
-            return
-        for place, sequence in enumerate(sequences):
-            sequence.filled += 1
-            sequence.drafted = len(drafts.drafts[place].token_ids) if drafts is not None else 0
-        self._computed = _Computed(sequences, logits, drafts, started)
-
-    def _forward(self, sequences: list[Sequence], drafts: StepDrafts | None) -> torch.Tensor:
-        if drafts is None:
-            return self.forward.decode(sequences)
-        return self.forward.verify(sequences, drafts.token_ids, drafts.width)
-
-    def _without_drafts(self, sequences: list[Sequence], drafts: StepDrafts) -> None:
-        """A step with these drafts ran out of memory: make the next one narrower."""
-        assert self._drafts is not None
-        release_cached(self.forward.device)
-        self._drafts.out_of_memory(len(sequences), drafts)
-
-    def _collect(self, events: list[EngineEvent]) -> None:
-        """Sample tokens from the launched forward."""
-        computed, self._computed = self._computed, None
-        if computed is None:
-            return
-        for sequence in computed.sequences:
-            sequence.drafted = 0
-        # The others ended with the text of their previous token, or were cancelled.
-        computed.keep([i for i, s in enumerate(computed.sequences) if s.state is State.DECODE])
-        sequences, drafts = computed.sequences, computed.drafts
-        if not sequences:
-            return
-        accepted = [0] * len(sequences)
-        try:
-            if drafts is None:
-                self._tokens.take(sequences, self._tokens.sample(sequences, computed.logits))
-            else:
-                accepted = self._tokens.take_drafted(
-                    sequences, drafts.token_ids, computed.logits, events
-                )
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            for sequence in sequences:
-                if sequence.state is State.DECODE and sequence.filled == sequence.total:
-                    # The token is computed again in the next step.
-                    sequence.filled -= 1
-            if drafts is None:
-                self.rows.on_out_of_memory(events)
-            else:
-                self._without_drafts(sequences, drafts)
-            return
-        self.costs.measure()
-        if self._drafts is not None and self.costs.known:
-            self._drafts.took(sequences, drafts, accepted, self.costs.spent_ms(computed.started))

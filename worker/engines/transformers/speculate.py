@@ -282,11 +282,12 @@ class Speculator:
             self.accepted_tokens += accepted
 
     def took(
-        self, rows: int, width: int, ms: float, tokens: int, *, drafted_ms: float = 0.0
+        self, rows: int, width: int, ms: float | None, tokens: int, *, drafted_ms: float = 0.0
     ) -> None:
-        """A step of that shape took `ms` milliseconds, after `drafted_ms` for its drafts, and gave
-        all rows together `tokens` tokens."""
-        self._cost.learn(rows, width, ms)
+        """A step of that shape took `ms` milliseconds (None: unknown), after `drafted_ms` for its
+        drafts, and gave all rows together `tokens` tokens."""
+        if ms is not None:
+            self._cost.learn(rows, width, ms)
         if width == 1:
             self._wide_steps = 0
             self._plain_steps += 1

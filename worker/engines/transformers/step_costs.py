@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from worker.engines.transformers.pace import PrefillCostModel, StepBudget
+from worker.engines.transformers.pace import NO_LOAD, Load, PrefillCostModel, StepBudget
 
 __all__ = ["Started", "StepCosts"]
 
@@ -79,14 +79,20 @@ class StepCosts:
         return started.event.elapsed_time(ended)
 
     def computed_piece(
-        self, step: StepBudget, tokens: int, start: int, rows: int, started: Started
+        self,
+        step: StepBudget,
+        tokens: int,
+        start: int,
+        rows: int,
+        started: Started,
+        along: Load = NO_LOAD,
     ) -> None:
         """A piece of a prompt was computed or launched: charge it to the step (arguments as in
         `PrefillCostModel.learn`)."""
         if self._synchronous:
             spent_ms = self.spent_ms(started)
             step.spend(tokens, spent_ms)
-            self.pace.learn(tokens, start, spent_ms, rows)
+            self.pace.learn(tokens, start, spent_ms, rows, along)
             return
         step.spend(tokens, self.pace.predicted_ms(tokens, start, rows))
         if started.event is not None:
