@@ -141,7 +141,8 @@ class SlotRunner:
         self._first_emitted = False
         if self._overlap:
             # The device computes the next tokens while the host emits the last ones.
-            self._decode.launch(events)
+            if not self._decode.launched:
+                self._decode.launch(events)
         elif self._decode.launched:
             # Every stream's next token was computed together with a prompt.
             self._decode.collect(events)
