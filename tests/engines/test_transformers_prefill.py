@@ -130,6 +130,32 @@ def test_a_forward_of_prompts_that_fails_is_repeated_one_by_one(
         watched.engine.close()
 
 
+def test_rows_and_prompts_are_computed_apart_where_together_they_fail(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = Watched(tiny.llama(), slots=8)
+    forward: Any = watched.runner.forward
+    if not forward.packs:
+        pytest.skip("forwards are not packed here: there is no C compiler")
+    packed, tried = forward._packed, []
+
+    def broken(layout: Any, along: Any = None) -> Any:
+        if along is not None:
+            tried.append(along)
+            raise RuntimeError("not these together")
+        return packed(layout)
+
+    monkeypatch.setattr(forward, "_packed", broken)
+    asked = [*tiny.prompts(3, low=5, high=5), *tiny.prompts(3, low=70, high=90)]
+    try:
+        answers = watched.answers(asked)
+        assert [a.token_ids for a in answers] == [watched.written(ids) for ids in asked]
+        assert len(tried) == 1
+        assert "not these together" in caplog.text
+    finally:
+        watched.engine.close()
+
+
 def test_first_tokens_do_not_wait_for_later_prompts() -> None:
     """Two short prompts are computed first, and their tokens sent at once. Then two longer ones are
     computed, where forwards are packed together with the next tokens of the short ones, else before
