@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, settings
 # threads, and on a shared machine, OpenMP's busy waiting makes them a hundred times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests start hundreds of processes, each of which would compile all modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from tests.harness import Bus, running_bus
 
