@@ -461,7 +461,10 @@ async def _bus(folder: Folder, dtype: str, engine: str, path: Path) -> AsyncIter
         # No prefix cache, as for the peers.
         "transformers": ["prefix_tokens=0", f"kv_tokens={KV_TOKENS}"],
         "vllm": ["enable_prefix_caching=false", f"context_tokens={CONTEXT}"],
-        "llamacpp": [f"kv_tokens={folder.slots * CONTEXT}", f"threads={folder.threads}"],
+        "llamacpp": [
+            *(f"kv_tokens={folder.slots * CONTEXT}", f"context_tokens={CONTEXT}"),
+            f"threads={folder.threads}",
+        ],
     }[engine]
     command = [interpreter, "-m", "worker", "--engine", engine, "--worker-id", "w1", *bus.LOG]
     command += ["--no-progress", "--slots", str(folder.slots), "--dtype", dtype]

@@ -32,9 +32,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(checks.model(), tiny.tokenizer(), path)
 
 
-@pytest.fixture(scope="module")
-def subject(file: Path) -> Iterator[checks.Subject]:
-    engine = _served(file, threads="1", kv_tokens="2048", batch_tokens="24")
+@pytest.fixture(scope="module", params=["1536", "2048"], ids=["unified", "apart"])
+def subject(file: Path, request: pytest.FixtureRequest) -> Iterator[checks.Subject]:
+    """With one cache for all rows, and with a part for each: four contexts of 512 tokens."""
+    engine = _served(file, threads="1", kv_tokens=request.param, batch_tokens="24")
     yield checks.Subject(engine, checks.reference(), refuses=frozenset({"constraint"}))
     engine.close()
 

@@ -1,8 +1,10 @@
 """One llama.cpp context as a continuous batch: many sequences in each `llama_decode`.
 
 Running streams decode first; prompts fill the rest of the batch. Rows share one unified KV cache;
-if it is full, the youngest row is preempted and prefilled again later. Logits are on the host
-anyway, so every request uses tokenbus' own sampler. Text only.
+if it is full, the youngest row is preempted and prefilled again later. Attention over a unified
+cache reads the tokens of all rows for each of them, so if the cache can hold the longest context
+for every slot, each has a part of its own. Logits are on the host anyway, so every request uses
+tokenbus' own sampler. Text only.
 """
 
 from __future__ import annotations
@@ -178,7 +180,9 @@ class LlamaGenerator:
         params.n_ctx = kv_tokens or facts.context_tokens
         params.n_batch = self._batch_tokens
         params.n_seq_max = slots
-        params.kv_unified = True
+        #: Whether rows share the whole cache; else each has an equal part.
+        self._unified = params.n_ctx < slots * facts.context_tokens
+        params.kv_unified = self._unified
         params.type_k = params.type_v = cache_type
         if cache_type == ll.GGML_TYPE_F32:
             # The kernels of flash attention compute keys and values in half precision.
@@ -203,7 +207,10 @@ class LlamaGenerator:
 
     def insert(self, sequence: Sequence) -> None:
         sequence.filled = 0
-        self._rows.append(_Row(sequence, self._free.pop()))
+        # The lowest: places that follow each other are computed together (see `_fill_batch`).
+        place = min(self._free)
+        self._free.remove(place)
+        self._rows.append(_Row(sequence, place))
 
     def remove(self, sequence: Sequence) -> None:
         row = next(row for row in self._rows if row.sequence is sequence)
@@ -272,8 +279,9 @@ class LlamaGenerator:
         batch.n_tokens = 0
         rows = [row for row in self._rows if not row.parked]
         pending = {id(row): row.sequence.total - row.sequence.filled for row in rows}
-        # A stable sort: decoding rows first, then prompts in order of admission.
-        rows.sort(key=lambda row: pending[id(row)] > 1)
+        # A stable sort: decoding rows first, then prompts in order of admission. Without a unified
+        # cache, llama.cpp computes only rows together whose places follow each other.
+        rows.sort(key=lambda row: (1, 0) if pending[id(row)] > 1 else (0, row.place))
         used: list[_Row] = []
         for row in rows:
             row.start = batch.n_tokens
