@@ -108,8 +108,11 @@ class Accounts:
         self._broken = False
         try:
             self._file = sqlite3.connect(path, timeout=busy_s, check_same_thread=False)
-            with self._file:
-                self._file.execute(_TABLE)
+            with contextlib.ExitStack() as failed:
+                failed.callback(self._file.close)
+                with self._file:
+                    self._file.execute(_TABLE)
+                failed.pop_all()
         except sqlite3.Error as error:
             raise AccountsError(f"{path}: {error}") from None
 

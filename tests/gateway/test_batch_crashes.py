@@ -4,6 +4,7 @@ The next run completes the batch, with exactly one answer for every line."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,16 @@ class Torn:
 
         self._strikes.step(tear)
         self._file.write(data)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Folder]:
+    """Another gateway's view of the folder."""
+    folder = Folder(path)
+    try:
+        yield folder
+    finally:
+        folder.shut()
 
 
 class StruckFolder(Folder):
@@ -141,12 +152,12 @@ class World:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             batches.shut()
-        return Folder(self.folder.path).job("batch_1").batch
+        with opened(self.folder.path) as folder:
+            return folder.job("batch_1").batch
 
     def cancel(self) -> None:
-        other = Folder(self.folder.path)
-        other.change("batch_1", lambda job: job.batch.move("cancelling", int(time.time())))
-        other.shut()
+        with opened(self.folder.path) as other:
+            other.change("batch_1", lambda job: job.batch.move("cancelling", int(time.time())))
 
     def rows(self, batch: Batch) -> list[tuple[str, str]]:
         """Every row of the files that the batch names: which file, which line."""
@@ -212,9 +223,10 @@ def test_a_strike_at_any_step_loses_no_line_and_answers_none_twice(
         assert sorted(world.rows(batch)) == sorted(wanted), at
         counts = batch.request_counts
         assert (counts.total, counts.completed, counts.failed) == (7, 6, 1)
-        files = Folder(world.folder.path).files(
-            "alice", 0, after=None, limit=9, newest_first=False, purpose="batch_output"
-        )
+        with opened(world.folder.path) as folder:
+            files = folder.files(
+                "alice", 0, after=None, limit=9, newest_first=False, purpose="batch_output"
+            )
         assert [file.bytes for file in files] == [
             world.folder.path_of(file.id).stat().st_size for file in files
         ]
@@ -266,9 +278,8 @@ def test_batches_that_wait_hold_up_nobody_elses_and_can_be_ended(tmp_path: Path)
         await until("b", "completed")
         await until("1", "in_progress")
         await until("70", "validating")
-        last = Folder(tmp_path)
-        last.change("batch_70", lambda job: job.batch.move("cancelling", int(time.time())))
-        last.shut()
+        with opened(tmp_path) as last:
+            last.change("batch_70", lambda job: job.batch.move("cancelling", int(time.time())))
         await until("70", "cancelled")
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

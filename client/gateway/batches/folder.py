@@ -89,15 +89,19 @@ class Folder:
                 check_same_thread=False,
                 isolation_level=None,
             )
-            with self._writing() as cursor:
-                [(version,)] = cursor.execute("PRAGMA user_version")
-                if version > _VERSION:
-                    raise FolderError(
-                        f"--batch-folder {path} was written by a newer release (version {version})"
-                    )
-                for table in _TABLES.split(";"):
-                    cursor.execute(table)
-                cursor.execute(f"PRAGMA user_version = {_VERSION}")
+            with contextlib.ExitStack() as failed:
+                failed.callback(self._database.close)
+                with self._writing() as cursor:
+                    [(version,)] = cursor.execute("PRAGMA user_version")
+                    if version > _VERSION:
+                        raise FolderError(
+                            f"--batch-folder {path} was written by a newer release (version "
+                            f"{version})"
+                        )
+                    for table in _TABLES.split(";"):
+                        cursor.execute(table)
+                    cursor.execute(f"PRAGMA user_version = {_VERSION}")
+                failed.pop_all()
         except OSError as error:
             raise FolderError(f"--batch-folder {path}: {error.strerror}") from None
         except sqlite3.Error as error:
