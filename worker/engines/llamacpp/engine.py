@@ -180,9 +180,8 @@ class LlamaGenerator:
         params.n_ctx = kv_tokens or facts.context_tokens
         params.n_batch = self._batch_tokens
         params.n_seq_max = slots
-        #: Whether rows share the whole cache; else each has an equal part.
-        self._unified = params.n_ctx < slots * facts.context_tokens
-        params.kv_unified = self._unified
+        # Rows share the whole cache; else each has an equal part.
+        params.kv_unified = params.n_ctx < slots * facts.context_tokens
         params.type_k = params.type_v = cache_type
         if cache_type == ll.GGML_TYPE_F32:
             # The kernels of flash attention compute keys and values in half precision.
