@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -25,13 +26,14 @@ from worker import config as worker_config
 from worker.engines import registry
 from worker.slurm import commands
 from worker.slurm.commands import SlurmError
-from worker.slurm.core import Bounds, Fleet, Plan, Sight, WorkerRow
+from worker.slurm.core import Bounds, Fleet, Job, Plan, Sight, WorkerRow
 
 log = logging.getLogger("worker.slurm")
 
 LOOK_S: Final = 2.0
 SLURM_S: Final = 5.0
 """Interval between questions to Slurm's controller, which serves the whole cluster."""
+NEVER: Final = -math.inf
 EXPECT_MS: Final = 30_000
 FRONT: Final = "tcp://127.0.0.1:5555"
 
@@ -168,8 +170,8 @@ class Launcher:
         self._sbatch += args.sbatch
         self._script = commands.script(args.name, options, Path.cwd(), args.setup)
         self._note = "starting: the launcher has just begun"
-        self._jobs = commands.jobs(args.name)
-        self._asked_s = time.monotonic()
+        self._jobs: list[Job] = []
+        self._asked_s = NEVER
 
     def run(self) -> int:
         """Work until told to stop. Running workers stay; jobs that have not begun are cancelled."""
@@ -189,7 +191,8 @@ class Launcher:
                     self._note = "starting: Slurm accepts no jobs now"
                 self.stop.wait(LOOK_S)
         with contextlib.suppress(SlurmError):
-            commands.cancel([job.id for job in self._jobs if job.state == "PENDING"])
+            jobs = commands.jobs(self._args.name)
+            commands.cancel([job.id for job in jobs if job.state == "PENDING"])
         log.info("launcher ends", extra={"fields": {"running": "stay until their limits"}})
         return 0
 
@@ -197,8 +200,9 @@ class Launcher:
         args = {"models": self._models, "note": self._note, "ttl_ms": EXPECT_MS}
         seen = client.query("bus.expect", args, timeout=10.0)
         if time.monotonic() - self._asked_s >= SLURM_S:
-            self._asked_s = time.monotonic()
+            # If this fails nothing is decided: a job that is not seen would be submitted once more.
             self._jobs = commands.jobs(self._args.name)
+            self._asked_s = time.monotonic()
         plan = self._fleet.decide(
             Sight(
                 time.monotonic(),
@@ -216,19 +220,18 @@ class Launcher:
             client.query(
                 "bus.expect", {"models": self._models, "note": plan.note, "ttl_ms": EXPECT_MS}
             )
+        if plan.submit or plan.cancel:
+            # Known again only when Slurm is asked again, also if a command fails after it worked.
+            self._asked_s = NEVER
         for _ in range(plan.submit):
             job = commands.submit(self._args.name, self._sbatch, self._script)
             log.info("job submitted", extra={"fields": {"job": job}})
-            self._asked_s = 0.0
         if plan.cancel:
             commands.cancel(plan.cancel)
             log.info("jobs cancelled", extra={"fields": {"jobs": ", ".join(plan.cancel)}})
-            self._asked_s = 0.0
         for name in plan.drain:
             log.info("worker ends", extra={"fields": {"worker": name, "cause": "nothing to do"}})
             client.drain(name, reason="nothing waits")
-        if plan.submit or plan.cancel:
-            self._jobs = commands.jobs(self._args.name)
 
 
 def _row(row: dict[str, Any]) -> WorkerRow:

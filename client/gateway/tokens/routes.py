@@ -82,7 +82,7 @@ async def _tokenizer_info(context: RequestContext) -> Response:
     model = _allowed(context, name)
     told = await facts_of(context, model, "tokenizer", "model")
     if not told:
-        raise invalid("model", f"`model`: the engine of {model!r} does not tell of its tokenizer.")
+        raise invalid("model", f"`model`: the engine of {model!r} does not describe its tokenizer.")
     found = find_model(await visible_models(context), model)
     return _json({**told, "model": model, "max_model_len": found["context_tokens"] or 0})
 

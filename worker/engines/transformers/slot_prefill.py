@@ -113,7 +113,8 @@ class Prefill:
                 step.tighten(self._stall_ms, spent_ms)
             if self._rows.active and self._mixes:
                 self._rows.make_room(events)
-                step.along = _load(self._rows.decoding)
+                decoding = self._rows.decoding
+                step.along = _load(decoding, tokens=len(decoding))
                 if len(self._rows.sequences) == self._rows.active:
                     return
             began_s = self._costs.now_s()
@@ -360,6 +361,6 @@ class Prefill:
         return scores
 
 
-def _load(decoding: list[Sequence], tokens: int = 0) -> Load:
-    """What these rows add to a forward, with so many tokens; 0: one each."""
-    return Load(tokens or len(decoding), sum(sequence.filled for sequence in decoding))
+def _load(decoding: list[Sequence], tokens: int) -> Load:
+    """What these rows and so many tokens of them add to a forward."""
+    return Load(tokens, sum(sequence.filled for sequence in decoding))
