@@ -297,6 +297,7 @@ def parser() -> argparse.ArgumentParser:
     )
     ends.add_argument(
         "--notice-command",
+        type=option_values.command,
         metavar="COMMAND",
         help="run every 5 s; once an end is known it must print the seconds left, or a time, and "
         "before that nothing",

@@ -8,6 +8,7 @@ that `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -112,6 +113,17 @@ def point(text: str) -> str:
             times.point(text, datetime.now())
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}, or {NEVER}") from None
+    return text
+
+
+def command(text: str) -> str:
+    """A command line, split into words as by a shell."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a command: {error}") from None
+    if not words:
+        raise argparse.ArgumentTypeError("an empty command")
     return text
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import socket
 import sys
 import threading
 import time
@@ -125,6 +126,17 @@ def test_a_squeue_that_fails_does_not_hide_what_the_environment_says(
         Slurm("7").ask()
 
 
+def test_a_squeue_that_fails_does_not_bring_back_a_limit_that_was_changed_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Slurm("7", "1")
+    squeue(tmp_path, monkeypatch, "2026-11-30T21:00:00")
+    assert job.ask() == Ending(datetime(2026, 11, 30, 21, 0).timestamp(), "Slurm job 7")
+    squeue(tmp_path, monkeypatch, "", status=1)
+    with pytest.raises(SourceError, match="squeue"):
+        job.ask()
+
+
 # --- clouds ---------------------------------------------------------------------------------------
 
 
@@ -241,6 +253,22 @@ def test_a_service_that_answers_nonsense_is_an_error_and_no_notice(
         cloud("http://127.0.0.1:9").ask()
 
 
+@pytest.mark.parametrize("cloud", [Aws, Gcp, Azure])
+def test_a_service_that_does_not_speak_http_is_an_error(cloud: type[Aws | Gcp | Azure]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"busy\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(SourceError, match="does not answer: busy"):
+            cloud(f"http://127.0.0.1:{server.getsockname()[1]}").ask()
+        thread.join()
+
+
 # --- commands, and the watch ----------------------------------------------------------------------
 
 
@@ -260,6 +288,15 @@ def test_a_command_says_the_seconds_left_a_time_or_nothing(tmp_path: Path) -> No
         source.ask()
     with pytest.raises(SourceError, match="ended with 3"):
         Command(f"{sys.executable} -c 'raise SystemExit(3)'").ask()
+    file.write_bytes(b"\xff")
+    with pytest.raises(SourceError, match="is not a time"):
+        source.ask()
+
+
+def test_a_command_that_cannot_be_split_into_words_is_a_wrong_option() -> None:
+    for wrong in ("it's", " "):
+        with pytest.raises(config.ConfigError, match="--notice-command"):
+            config.parse(["--engine", "echo", "--notice-command", wrong])
 
 
 class Told:
@@ -269,11 +306,11 @@ class Told:
 
     def __init__(self, ending: Ending | None = None) -> None:
         self.ending = ending
-        self.fails = False
+        self.fails: Exception | None = None
 
     def ask(self) -> Ending | None:
-        if self.fails:
-            raise SourceError("no answer")
+        if self.fails is not None:
+            raise self.fails
         return self.ending
 
 
@@ -283,7 +320,8 @@ def news(watch: EndWatch) -> tuple[float, str]:
     return news
 
 
-def test_the_watch_reports_the_earliest_end_and_when_it_changes() -> None:
+@pytest.mark.parametrize("error", [SourceError("no answer"), KeyError("a fault of ours")])
+def test_the_watch_reports_the_earliest_end_and_when_it_changes(error: Exception) -> None:
     option, notice = Told(Ending(time.time() + 100, "option")), Told()
     watch = EndWatch([option, notice], margin_s=2.0)
     watch.start()
@@ -292,11 +330,11 @@ def test_the_watch_reports_the_earliest_end_and_when_it_changes() -> None:
     notice.ending = Ending(time.time() + 30, "spot notice")
     at_s, why = news(watch)
     assert (at_s - time.monotonic(), why) == (pytest.approx(28, abs=5), "spot notice")
-    notice.fails = True
+    notice.fails = error
     option.ending = None
     time.sleep(0.1)
     assert watch.take() == [], "what it said before it failed still counts"
-    notice.fails, notice.ending = False, None
+    notice.fails, notice.ending = None, None
     assert news(watch) == (float("inf"), "")
     watch.close()
 

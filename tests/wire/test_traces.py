@@ -158,6 +158,18 @@ def test_a_request_without_context_makes_no_span(exported: Exported) -> None:
     assert engine.added == [JOB] and exported.names == []
 
 
+def test_nil_counts_as_absent(exported: Exported) -> None:
+    engine = ScriptedEngine()
+    traced = TracedEngine(engine, exported.tracer, "w1")
+    request = {"model": "demo", "kind": None, "messages": []}
+    traced.add(JOB, codec.pack({**request, "trace": None}), ())
+    other = b"\x02" * 16
+    traced.add(other, codec.pack({**request, "trace": {"traceparent": PARENT}}), ())
+    engine.says = [events.EngineStepped([[1, JOB, "stop"], [1, other, "stop"]])]
+    traced.read(0.0)
+    assert engine.added == [JOB, other] and exported.names == ["chat demo"]
+
+
 # --- the gateway ----------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from typing import Final, Protocol
 
 from worker.ending import times
@@ -87,6 +88,7 @@ class Slurm:
         self._why = f"Slurm job {job}"
         self._job = job
         self._given = float(end_time) if end_time.isdigit() else None
+        self._asked = False
 
     def ask(self) -> Ending | None:
         at = self._given
@@ -94,8 +96,10 @@ class Slurm:
             try:
                 said = _run(["squeue", "-h", "-j", self._job, "-o", "%e"]).strip()
                 at = None if said in _NO_END else datetime.fromisoformat(said).timestamp()
+                self._asked = True
             except (SourceError, ValueError) as error:
-                if self._given is None:
+                # The limit may have been changed since the job began: what squeue said counts.
+                if self._asked or self._given is None:
                     raise SourceError(f"squeue does not say when the job ends: {error}") from None
         return None if at is None else Ending(at, self._why)
 
@@ -106,6 +110,7 @@ def _run(command: list[str]) -> str:
             command,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=ANSWER_S,
             check=False,
             stdin=subprocess.DEVNULL,
@@ -139,8 +144,9 @@ class _Metadata:
             if error.code == 404:
                 return None
             raise SourceError(f"{path} answered {error.code}") from None
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{self._address} does not answer: {error}") from None
+        except (OSError, ValueError, HTTPException) as error:
+            cause = str(error) or type(error).__name__
+            raise SourceError(f"{self._address} does not answer: {cause}") from None
 
 
 class Aws(_Metadata):

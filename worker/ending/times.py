@@ -25,7 +25,7 @@ def point(text: str, now: datetime) -> float:
         return (at if at > now else at + timedelta(days=1)).timestamp()
     try:
         return datetime.fromisoformat(text).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(
             f"{text!r} is not a time: write 21:00, 2026-11-30T21:00 or seconds since 1970"
         ) from None

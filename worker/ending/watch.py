@@ -67,12 +67,13 @@ class EndWatch:
                     continue
                 try:
                     ending = source.ask()
-                except SourceError as error:
-                    # Its previous answer still counts.
+                except Exception as error:
+                    # Its previous answer still counts, and it is asked again, as are the others.
                     if index not in failing:
                         failing.add(index)
                         fields = {"source": source.name, "cause": str(error)}
-                        log.warning("end unknown", extra={"fields": fields})
+                        ours = not isinstance(error, SourceError)
+                        log.warning("end unknown", exc_info=ours, extra={"fields": fields})
                 else:
                     failing.discard(index)
                     known.pop(index, None)

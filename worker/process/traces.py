@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 
 
 class _Traced(msgspec.Struct):
-    """The part of a request's body that is needed here."""
+    """The part of a request's body that is needed here. nil counts as absent (SPEC.md section
+    4)."""
 
-    model: str = ""
-    kind: str = "chat"
-    trace: dict[str, str] = {}
+    model: str
+    kind: str | None = None
+    trace: dict[str, str] | None = None
 
 
 _READ: Final = msgspec.msgpack.Decoder(_Traced)
@@ -85,16 +86,17 @@ class TracedEngine:
     def add(self, job_id: bytes, body: bytes, attachments: tuple[bytes, ...]) -> None:
         """Begin the span of a job."""
         request = _READ.decode(body)
-        if any(key in request.trace for key in TRACE_KEYS):
+        trace, kind = request.trace or {}, request.kind or "chat"
+        if any(key in trace for key in TRACE_KEYS):
             now_ns = time.time_ns()
             span = self._tracer.start_span(
-                f"{operation_of(request.kind)} {request.model}",
-                context=context_of(request.trace),
+                f"{operation_of(kind)} {request.model}",
+                context=context_of(trace),
                 start_time=now_ns,
                 attributes={
                     "tokenbus.worker": self._worker,
                     "tokenbus.attachments": len(attachments),
-                    **request_attributes(request.kind, request.model),
+                    **request_attributes(kind, request.model),
                 },
             )
             self._jobs[job_id] = _Job(span, now_ns, request.model)
