@@ -1,8 +1,8 @@
 """Runs the tests in an environment of its own, with other releases than the tested set.
 
 `newest` takes the newest that `pyproject.toml` allows, `oldest` the lowest that it allows of what
-the project itself asks for, `tested` the lock. Deprecations are counted here; they fail no test, as
-they otherwise do.
+the project itself asks for and that has a wheel for the running Python, `tested` the lock.
+Deprecations are counted here; they fail no test, as they otherwise do.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def _constraints(which: str, folder: Path) -> list[str]:
         return ["-c", str(LOCK)]
     pins = folder / "oldest.txt"
     options = ("--python-version", this_python(), "--resolution", "lowest-direct")
+    # A release from before this Python has no wheel for it, and often cannot be built with it.
+    options += ("--only-binary", ":all:")
     pins.write_text(resolve(make_uv(folder / "uv"), EXTRAS, *options))
     return ["-c", str(pins)]
 
