@@ -150,11 +150,21 @@ class BrokerLoop:
 
     def run(self) -> None:
         """Run until the core orders a stop."""
+        monitors: dict[zmq.Socket[Any], Side] = {}
+        try:
+            for side, socket in self._sockets.items():
+                monitors[self._monitor(socket)] = side
+            self._take_turns(monitors)
+        finally:
+            # After a failure too: the context waits for every open socket, so the process would
+            # stay, and nothing would restart it.
+            for socket in self._sockets.values():
+                socket.disable_monitor()
+            for monitor in monitors:
+                monitor.close(linger=0)
+
+    def _take_turns(self, monitors: dict[zmq.Socket[Any], Side]) -> None:
         front, back = self._sockets[Side.FRONT], self._sockets[Side.BACK]
-        monitors = {
-            self._monitor(front): Side.FRONT,
-            self._monitor(back): Side.BACK,
-        }
         gate = self._gate
         asked = [back, front, *([gate.socket] if gate is not None else [])]
         signals = self._signals.fileno()
@@ -201,10 +211,6 @@ class BrokerLoop:
                 self._upstream.look(now_s, stopping=core.shutdown_until_s is not None)
             self._heap.tend(now_s)
         self._flush(clock())
-        for socket in (front, back):
-            socket.disable_monitor()
-        for monitor in monitors:
-            monitor.close(linger=0)
 
     def _end_strangers(self, now_s: float) -> None:
         """Close connections that have no session."""

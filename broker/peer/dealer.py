@@ -113,8 +113,13 @@ class Dealer:
         self._received = 0
         try:
             self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:
+            raise CannotConnect(f"cannot connect to {address}: {error}") from None
+        try:
             self.monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(_MONITORED)
         except zmq.ZMQError as error:
+            # The end of the context waits for every socket that is still open.
+            self.socket.close(0)
             raise CannotConnect(f"cannot connect to {address}: {error}") from None
         #: What to poll. ZeroMQ's descriptors report a change only: see `due`.
         self.fd = self.socket.fileno()

@@ -203,6 +203,34 @@ def test_a_broker_that_fails_says_why_before_anything_else_can_end_it() -> None:
 
 
 @pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("readiness.Readiness.wait", id="in a turn"),
+        pytest.param("readiness.Readiness.__init__", id="before the first"),
+    ],
+)
+def test_a_broker_that_fails_ends_so_that_it_is_restarted(where: str) -> None:
+    """A socket left open would hold the process for ever, with its ports closed."""
+    name, _, method = where.rpartition(".")
+    script = f"""
+        import sys
+        from broker import __main__, readiness
+        def fails(self, *_): raise RuntimeError("a bug")
+        {name}.{method} = fails
+        sys.exit(__main__.main(["--front", "tcp://127.0.0.1:*", "--back", "tcp://127.0.0.1:*"]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: a bug" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (("--front", "tcp://0.0.0.0:*"), "--insecure"),

@@ -153,6 +153,16 @@ def test_a_malformed_address_is_named_and_leaves_no_socket(address: str) -> None
     context.term()  # would hang if a socket were still open
 
 
+@pytest.mark.parametrize("room", [1, 2])
+def test_without_room_for_a_monitor_no_socket_is_left(room: int) -> None:
+    context: zmq.Context[Any] = zmq.Context()
+    context.max_sockets = room
+    with pytest.raises(CannotConnect, match="cannot connect") as caught:
+        Dealer(context, "tcp://127.0.0.1:5555", None, CLIENT)
+    context.term()  # would hang if a socket were still open
+    assert caught.traceback, "which, until here, kept what was made"
+
+
 def test_messages_from_before_a_loss_can_still_be_received(
     router: zmq.Socket[bytes], make: MakeDealer
 ) -> None:
