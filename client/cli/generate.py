@@ -67,6 +67,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def generate(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Ask one question."""
+    if arguments.raw and arguments.system:
+        raise InvalidRequest("--system is for the chat template: leave it out, or --raw")
     prompt = read_text(arguments.prompt)
     params = flags.params_of(arguments)
     for path in arguments.image:

@@ -217,8 +217,16 @@ class KeyFile:
 
 def _read(path: Path) -> dict[str, Key]:
     try:
-        tables = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return _parse(path, path.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise KeyFileError(f"{path}: {error}") from None
+
+
+def _parse(path: Path, text: str) -> dict[str, Key]:
+    """The keys of a file with this text. Raises KeyFileError."""
+    try:
+        tables = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise KeyFileError(f"{path}: {error}") from None
     unknown = set(tables) - {"keys"}
     if unknown:
@@ -257,7 +265,7 @@ def _key(path: Path, name: str, values: Any) -> Key:
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             raise KeyFileError(f"{where}: {item} has a wrong type")
     for item in ("rate_per_minute", "concurrency", "tokens_per_day", "tokens_per_month"):
-        if item in values and values[item] <= 0:
+        if item in values and not 0 < values[item] < math.inf:
             raise KeyFileError(f"{where}: {item} must be above 0; leave it out for no limit")
     scheme, _, digits = str(values.get("hash", "")).partition(":")
     try:
@@ -325,7 +333,9 @@ def add_key(
     if models:
         lines.append(f"models = [{', '.join(_toml_string(model) for model in models)}]")
     old = path.read_text("utf-8") if path.exists() else ""
-    _replace(path, f"{old.rstrip()}\n\n{chr(10).join(lines)}\n".lstrip())
+    text = f"{old.rstrip()}\n\n{chr(10).join(lines)}\n".lstrip()
+    _parse(path, text)  # what could not be read again would be no file of keys at all
+    _replace(path, text)
     return presented
 
 

@@ -71,6 +71,7 @@ def test_fields_of_a_chat_are_honoured(http: httpx.Client) -> None:
     ("change", "param"),
     [
         ({"stream": True}, "stream"),
+        ({"store": True}, "store"),
         ({"messages": []}, "messages"),
         ({"messages": [[]]}, "messages[0]"),
         ({"messages": said("x")[0]}, "messages[0]"),

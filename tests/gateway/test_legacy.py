@@ -63,6 +63,17 @@ def test_their_workers_learn_that_they_cannot_register(http: httpx.Client) -> No
     assert http.post("/receive_heart_beat", json={}).json() == {"exist": False}
 
 
+def test_another_name_of_a_model_holds_at_the_worker_too(
+    make_gateway: Callable[..., GatewayProcess],
+) -> None:
+    with make_gateway("--alias", f"fast={MODEL}").http(headers=LLAVA) as http:
+        address = http.post("/get_worker_address", json={"model": "fast"}).json()["address"]
+        assert address
+        [*_, last] = frames(http, {"model": "fast", "prompt": "hi", "max_new_tokens": 8})
+        assert last["error_code"] == 0
+        assert http.post("/count_token", json={"model": "fast", "prompt": "hi"}).json()["count"]
+
+
 # --- LLaVA ----------------------------------------------------------------------------------------
 
 

@@ -263,6 +263,7 @@ def test_drain_waits_until_the_worker_has_gone(make_bus: Callable[..., Bus]) -> 
         (["generate", "x", "--param", "temprature=1"], 2, "did you mean temperature"),
         (["generate", "--server-key", "short", "x"], 2, "server_key"),
         (["generate"], 2, "no text"),
+        (["generate", "--raw", "--system", "be brief", "x"], 2, "--system"),
     ],
 )
 def test_a_mistake_is_one_line_without_a_traceback(

@@ -376,9 +376,10 @@ async def model_names(context: RequestContext, images: bool | None = None) -> li
 
 
 async def model_of(context: RequestContext, named: str | None) -> str:
-    """The model named, or the only one served. Raises GatewayError(invalid_request)."""
+    """The model named, by the name that it is served under, or the only one served. Raises
+    GatewayError(invalid_request)."""
     if named:
-        return named
+        return context.gateway.config.served_name(named)
     names = await model_names(context)
     if len(names) == 1:
         return names[0]

@@ -42,10 +42,11 @@ async def chat_batch(context: RequestContext) -> Response:
     body = await context.read(ChatBatchRequest)
     if body.stream:
         raise invalid("stream", "`stream` is not served here: send each chat by itself.")
+    if body.store:
+        raise invalid("store", "`store` is not served here: send each chat by itself.")
     each = body.n or 1
     if len(body.messages) * each > MAX_CHOICES:
         raise invalid("messages", f"More than {MAX_CHOICES} answers are asked for.")
-    context.check(body.model, body.priority or 0)
     seed = pick_seed(body.seed)
     calls: list[Generation] = []
     answers: list[Answer] = []
@@ -53,6 +54,7 @@ async def chat_batch(context: RequestContext) -> Response:
     for place in range(len(body.messages)):
         chat = _alone(body, place)
         call = await _call(context, chat, seed, place)
+        context.check(body.model, call.request.priority)
         mine = [ChatChoice(parser_for(call)) for _ in range(each)]
         answers.append(Answer(context, chat, mine, Position.first(_PREFIX, seed), seed))
         calls += [seeded(call, copy) for copy in range(each)]

@@ -43,18 +43,17 @@ class CompactRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     input: str | list[dict[str, Any]] | None = None
     previous_response_id: str | None = None
     instructions: str | None = None
+    service_tier: http.ServiceTier | None = None
     # Labels.
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: http.Label = None
-    service_tier: http.ServiceTier | None = None
     user: str | None = None
 
 
 async def compact_response(context: RequestContext) -> Response:
     """Compact a conversation."""
     body = await context.read(CompactRequest)
-    context.check(body.model, 0)
     if not body.input and body.previous_response_id is None:
         raise invalid("input", "`input` is required.")
     given = body.input or []
@@ -65,9 +64,11 @@ async def compact_response(context: RequestContext) -> Response:
         input=[*given, {"type": "message", "role": "user", "content": _ASK}],
         previous_response_id=body.previous_response_id,
         instructions=body.instructions,
+        service_tier=body.service_tier,
         user=body.user,
     )
     _, chat, call = await input_of(context, asked)
+    context.check(body.model, call.request.priority)
     call = with_thoughts(call)
     choice = ChatChoice(parser_for(call))
     batches = context.generate([call], prompt_field="input")

@@ -125,7 +125,6 @@ async def _take(context: RequestContext, folder: ResponseFolder, id_: str, found
     call = None
     if found.journal is not None:
         try:
-            context.check(record.body.model, record.body.priority or 0)
             call = call_of(
                 record.body,
                 await chat_call(
@@ -136,6 +135,7 @@ async def _take(context: RequestContext, folder: ResponseFolder, id_: str, found
                     size_bytes=record.size_bytes,
                 ),
             )
+            context.check(record.body.model, call.request.priority)
         except BaseException:
             found.journal.close()
             raise
