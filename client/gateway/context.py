@@ -116,6 +116,7 @@ class RequestContext:
     limits: Timeout | None = None
     #: Their priority if the body names none; None: that of everybody.
     default_priority: int | None = None
+    default_model: str = ""  # of a body that names none; empty: the only one that is served
     #: What the bus does for it; None while it was not asked.
     operation: Operation | None = None
     #: Nobody waits for the answer, so how long it took measures nothing.
@@ -428,8 +429,8 @@ class RequestContext:
         body = await self.aside(read_in_steps, data, partial(parse, kind))
         model = getattr(body, "model", None)
         if isinstance(model, str):
-            named = self.gateway.config.served_name(model) if model else await self.only_model()
-            body.model = named  # type: ignore[attr-defined]
+            named = self.gateway.config.served_name(model) if model else self.default_model
+            body.model = named or await self.only_model()  # type: ignore[attr-defined]
         if any(getattr(body, name, None) is not None for name in ("priority", "service_tier")):
             self.default_priority = None
         return body

@@ -127,7 +127,7 @@ class World:
         bus: Any = Bus()
         jobs = Jobs(gateway_of(Config(batch_concurrency=3), bus), batches)
 
-        async def answer(line: Line, *_: Any) -> Answered:
+        async def answer(line: Line, *_: Any, **named: Any) -> Answered:
             self.asked.append(line.custom_id)
             if len(self.asked) == cancel_after:
                 self.cancel()
@@ -259,7 +259,7 @@ def test_batches_that_wait_hold_up_nobody_elses_and_can_be_ended(tmp_path: Path)
         jobs._of_model = lambda _: 1000  # type: ignore[method-assign]
         jobs._models._limit = jobs._of_model
 
-        async def answer(line: Line, *_: Any) -> Answered:
+        async def answer(line: Line, *_: Any, **named: Any) -> Answered:
             if line.custom_id != "b":
                 await asyncio.Event().wait()
             return Answered({"custom_id": "b", "response": {"status_code": 200, "body": {}}})

@@ -86,9 +86,11 @@ class Doors:
         self._retry = retry
         self._priority = priority
 
-    async def answer(self, line: Line, key: Key, limits: Timeout) -> Answered:
-        """The answer, or the line's failure. `limits`: of lines that set none. Raises
-        Unanswered."""
+    async def answer(
+        self, line: Line, key: Key, limits: Timeout, *, default_model: str = ""
+    ) -> Answered:
+        """The answer, or the line's failure. `limits`: of lines that set none. `default_model`:
+        of lines that name none; empty: the only one that is served. Raises Unanswered."""
         request_id = new_id("req-")
         context = RequestContext(
             self._gateway,
@@ -98,6 +100,7 @@ class Doors:
             retry=self._retry,
             limits=limits,
             default_priority=self._priority,
+            default_model=default_model,
             unattended=True,
         )
         if self._gateway.tracer is not None:

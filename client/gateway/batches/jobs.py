@@ -352,7 +352,8 @@ class Jobs:
             most_mistakes=_TOLD_MISTAKES,
         )
         served = await self._served()
-        names = {config.served_name(model) for model in found.models}
+        names = {config.served_name(model) for model in found.models if model}
+        only = self._only(job, served) if "" in found.models else ""
 
         def decide(job: Job) -> None:
             if job.batch.status != "validating":
@@ -363,12 +364,19 @@ class Jobs:
                 return
             job.batch.move("in_progress", now)
             job.batch.request_counts.total = len(found.ids)
-            # A line that names no model gets the only one.
-            job.served = sorted(served if "" in names else served & names)
-            if len(names) == 1 and "" not in names:
+            job.only = only
+            job.served = sorted(served & {*names, only})
+            if len(names) == 1 and "" not in found.models:
                 [job.batch.model] = names
 
         return await self._batches.do(folder.change, job.batch.id, decide)
+
+    def _only(self, job: Job, served: set[str]) -> str:
+        """The model of lines that name none, as a request at this moment gets it: the only one that
+        the key may use. Empty if there is a choice or none."""
+        key = self._key(job)
+        usable = [model for model in served if isinstance(key, Key) and key.may_use(model)]
+        return usable[0] if len(usable) == 1 else ""
 
     async def _served(self) -> set[str]:
         """The models of the bus; waits for a broker that is away."""
@@ -421,9 +429,7 @@ class Jobs:
     def _model_of(self, line: Line, job: Job) -> str:
         """The name under which its model has room."""
         model = line.model
-        if not model and len(job.served) == 1:
-            return job.served[0]
-        return self._gateway.config.served_name(model)
+        return self._gateway.config.served_name(model) if model else job.only
 
     async def _within_budget(self, job: Job) -> None:
         """Wait until the key's budget begins anew."""
@@ -465,7 +471,7 @@ class Jobs:
             if isinstance(key, GatewayError):
                 return refused(line, key)
             try:
-                answered = await self._doors.answer(line, key, limits)
+                answered = await self._doors.answer(line, key, limits, default_model=job.only)
                 failure = answered.failure
             except Unanswered as error:
                 failure = error.told
@@ -479,8 +485,6 @@ class Jobs:
     def _is_for_later(self, failure: GatewayError, line: Line, job: Job) -> bool:
         if failure.info.code == ErrorCode.MODEL_UNAVAILABLE:
             return self._model_of(line, job) in job.served
-        if failure.param == "model" and not line.model:
-            return bool(job.served)
         return failure.info.code in _LATER
 
     async def _save_loop(self, job: Job, results: _Results) -> None:

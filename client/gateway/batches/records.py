@@ -262,5 +262,7 @@ class Job(Struct, kw_only=True):
     output_expires_s: int | None = None
     #: The models of its lines that were served when it was checked: if one goes, it is waited for.
     served: list[str] = []
+    #: The model of its lines that name none: the only one that was served then, if it was the only.
+    only: str = ""
     #: Set with `finalizing`: how it ends.
     ending: Ending | None = None
