@@ -33,12 +33,7 @@ from broker.protocol.tracing import TRACE_KEYS
 from client import AsyncStream, Embeddings, Retry, Timeout, calls as bus_calls
 from client.core.events import End
 from client.gateway.bodies import LARGE_BYTES, aside, read_in_steps
-from client.gateway.convert import (
-    Generation,
-    cut_to_context,
-    telling_prompt_usage,
-    with_priority,
-)
+from client.gateway.convert import Generation, cut_to_context, telling_prompt_usage, with_priority
 from client.gateway.errors import (
     ErrorShape,
     GatewayError,
@@ -270,7 +265,9 @@ class RequestContext:
                     if span is not None:
                         span.saw(event)
                 end = stream.end
-        self.prompt_tokens += end.usage.prompt_tokens
+        # Where the tokenizer alone was asked, no model has read the prompt.
+        if call.request.kind not in (Kind.COUNT, Kind.TOKENIZE, Kind.DETOKENIZE, Kind.TEMPLATE):
+            self.prompt_tokens += end.usage.prompt_tokens
         return end
 
     async def ask_all(self, made: Sequence[bus_calls.Call]) -> list[End]:

@@ -246,7 +246,13 @@ def test_every_door_counts_each_token_once(place: Place) -> None:
         ("/api/chat", hello, PROMPT, ANSWER),
         ("/v1/embeddings", {"model": MODEL, "input": ["hello", "you"]}, 8, 0),
         ("/v1/rerank", {"model": MODEL, "query": "ab", "documents": ["abc", "d"]}, 8, 0),
-        ("/tokenize", {"model": MODEL, "prompt": "hello"}, 5, 0),
+    ]
+    free: list[tuple[str, dict[str, Any]]] = [
+        ("/tokenize", {"model": MODEL, "prompt": "hello"}),
+        ("/detokenize", {"model": MODEL, "tokens": [104, 105]}),
+        ("/apply-template", hello),
+        ("/v1/responses/input_tokens", {"model": MODEL, "input": "hello"}),
+        ("/v1/messages/count_tokens", hello),
     ]
     wanted = (0, 0)
     with place.http(gateway, "alice") as http:
@@ -255,6 +261,9 @@ def test_every_door_counts_each_token_once(place: Place) -> None:
             assert answer.status_code == 200, (path, answer.text)
             wanted = (wanted[0] + prompt, wanted[1] + completion)
             assert place.totals(gateway, "alice", requests) == wanted, path
+        for path, body in free:
+            answer = http.post(path, json=body)
+            assert answer.status_code == 200, (path, answer.text)
         assert http.post("/v1/chat/completions", json={**hello, "model": "no"}).status_code == 404
     assert place.totals(gateway, "alice", len(asked)) == wanted
     assert place.totals(gateway, "bob", 0) == (0, 0)
