@@ -18,6 +18,7 @@ from typing import Any
 from broker.core.settings import CoreSettings, option
 from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, misspelt, parse_bool
+from broker.protocol.structs import check_name
 from broker.protocol.version import version
 
 PROGRAM = "python -m broker"
@@ -88,7 +89,11 @@ class Config(CoreSettings):
         16 << 20, "bytes", "the same in bytes: the memory that one slow peer may cost", low=1
     )
     high_water_mark: int = option(
-        1000, "", "messages in ZeroMQ's queue to one peer; finite, so that slow peers show", low=1
+        1000,
+        "",
+        "messages in ZeroMQ's queue to one peer; finite, so that slow peers show",
+        low=1,
+        high=(1 << 31) - 1,
     )
     io_threads: int = option(
         1, "", "ZeroMQ threads; one carries 1 GB/s, CURVE and images want 2", low=1, high=16
@@ -175,7 +180,7 @@ def _convert(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
                 raise ValueError
         elif not isinstance(value, str):
             raise ValueError
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ConfigError(f"{source}: {value!r} is not {_WANTED[kind]}") from None
     _check_bounds(field, value, source)
     return value
@@ -195,6 +200,11 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any, source: str) -> Non
     choices = about.get("choices")
     if choices and value not in choices:
         raise ConfigError(f"{source}: {value!r} must be one of {', '.join(choices)}")
+    if about.get("name"):
+        try:
+            check_name(value)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from None
     low, high = about.get("low"), about.get("high")
     # Written so that NaN counts as out of bounds too.
     if low is not None and not value >= low:

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from broker.config import Config, ConfigError
 from broker.log import Logger
+from broker.protocol.limits import MAX_NAME_BYTES
 from broker.sockets import BindError, check_address
 
 LOOK_S: Final = 0.2
@@ -29,6 +30,8 @@ FIRST_RESTART_S: Final = 0.5
 LONGEST_RESTART_S: Final = 30.0
 PROVEN_S: Final = 30.0
 """A relay that ran this long was not broken from the start."""
+_MARK_BYTES: Final = MAX_NAME_BYTES - 40
+"""Of the broker's name in its relays' names, which are longer."""
 CLOSE_S: Final = 1.0
 """For its last messages, once there is nothing else to wait for."""
 
@@ -71,7 +74,8 @@ class Upstream:
         self._look_s = self._start_s = -math.inf
         self._wait_s = FIRST_RESTART_S
         #: Identifies this broker, even among others of the same name, if brokers form a loop.
-        self._mark = f"{config.broker_name}-{secrets.token_hex(3)}"
+        name = config.broker_name.encode()[:_MARK_BYTES].decode(errors="ignore")
+        self._mark = f"{name}-{secrets.token_hex(3)}"
         self._options: dict[str, Any] = {
             "mark": self._mark,
             "lower": _reachable(front),

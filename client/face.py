@@ -10,12 +10,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from broker.protocol.limits import MAX_SECONDS
 from broker.protocol.messages import new_id
 from client.calls import Call, Defaults
 from client.completion import StreamState
 from client.core import events
 from client.core.call_reader import CallReader
-from client.errors import short_id
+from client.errors import InvalidRequest, short_id
 from client.io.driver import Sink
 from client.io.keys import keys_of, server_key_of
 from client.io.thread import Transport
@@ -132,6 +133,8 @@ def drain_args(worker: str, deadline_s: float | None, reason: str) -> dict[str, 
     """Arguments of `bus.drain`."""
     args: dict[str, Any] = {"worker": worker}
     if deadline_s is not None:
+        if not 0 <= deadline_s <= MAX_SECONDS:
+            raise InvalidRequest(f"deadline_s is {deadline_s!r}; give seconds, 0 or more")
         args["deadline_ms"] = round(deadline_s * 1000)
     if reason:
         args["reason"] = reason

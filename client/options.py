@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Final
 
 from broker.protocol.errors import ErrorCode
-from broker.protocol.limits import MAX_NAME_BYTES
+from broker.protocol.structs import check_name
 from client.errors import InvalidRequest
 
 __all__ = ["Connection", "Limits", "Retry", "Timeout"]
 
+MOST_IN_FLIGHT: Final = (1 << 31) - 1
+"""Of requests, and of tokens in a window."""
 DEFAULT_BROKER: Final = "tcp://127.0.0.1:5555"
 BROKER_VARIABLE: Final = "TOKENBUS_BROKER"
 
@@ -115,7 +117,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("inflight", "window"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and 1 <= value < 1 << 31):
+            if value is not None and not (isinstance(value, int) and 1 <= value <= MOST_IN_FLIGHT):
                 raise InvalidRequest(
                     f"Limits.{name} is {value!r}; give an integer, 1 or more, or None"
                 )
@@ -173,10 +175,10 @@ class Connection:
                 f"or set {BROKER_VARIABLE}"
             )
         chosen = name or f"{socket.gethostname()}-{os.getpid()}"
-        if len(chosen.encode()) > MAX_NAME_BYTES:
-            raise InvalidRequest(
-                f"the client name is longer than {MAX_NAME_BYTES} bytes; give a shorter one"
-            )
+        try:
+            check_name(chosen)
+        except ValueError as error:
+            raise InvalidRequest(f"the name of the client: {error}") from None
         if key_file is not None and server_key is None:
             raise InvalidRequest("key_file without server_key: CURVE needs the broker's public key")
         return cls(

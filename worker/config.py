@@ -22,6 +22,7 @@ from typing import Any, Final
 from broker.protocol.invitation import Invitation, InvitationError, read
 from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, count, misspelt, parse_bool
+from broker.protocol.structs import check_name
 from broker.protocol.version import version
 from worker import option_values
 from worker.conversations import NAMED_TEMPLATES, read_template
@@ -213,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
         "--limit",
         "--slots",
         dest="slots",
-        type=count,
+        type=option_values.slots,
         metavar="N",
         help="requests that run at once [the engine's choice]",
     )
@@ -409,8 +410,10 @@ def _checked(values: dict[str, Any]) -> WorkerConfig:
             "the end (--ends-at, --ends-in) must lie further ahead than --end-margin-s"
         )
     worker_id = values["worker_id"] or f"{socket.gethostname()[:200]}-{secrets.token_hex(3)}"
-    if len(worker_id.encode()) > 256:
-        raise ConfigError("--worker-id is longer than 256 bytes")
+    try:
+        check_name(worker_id)
+    except ValueError as error:
+        raise ConfigError(f"--worker-id: {error}") from None
     return WorkerConfig(
         worker_id=worker_id,
         brokers=brokers,

@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from broker.protocol.options import number
+from broker.protocol.limits import MAX_HELD_REQUESTS, MAX_SECONDS, MAX_SPEED
+from broker.protocol.options import count, number
 from worker.conversations import read_template
 from worker.ending import times
 
@@ -74,8 +75,16 @@ def models_in(text: str) -> list[str]:
 
 def positive(text: str) -> float:
     value = number(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    if not 0 < value <= min(MAX_SECONDS, MAX_SPEED):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number up to {MAX_SECONDS:.0f}")
+    return value
+
+
+def slots(text: str) -> int:
+    """As many as HELLO can list requests that run."""
+    value = count(text)
+    if value > MAX_HELD_REQUESTS:
+        raise argparse.ArgumentTypeError(f"must be {MAX_HELD_REQUESTS} or less, got {text!r}")
     return value
 
 
@@ -102,8 +111,10 @@ def size(text: str) -> int:
 
 def seconds(text: str) -> float:
     value = number(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    if not 0 <= value <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a number of seconds from 0 to {MAX_SECONDS:.0f}"
+        )
     return value
 
 

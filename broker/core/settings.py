@@ -13,15 +13,21 @@ from broker.protocol.limits import (
     MAX_ATTACHMENT_BYTES,
     MAX_ATTACHMENTS,
     MAX_ATTACHMENTS_BYTES,
+    MAX_INTEGER,
     MAX_REQUEST_BYTES,
+    MAX_SECONDS,
+    MAX_WINDOW_TOKENS,
 )
 
 
 def option(default: Any, unit: str, reason: str, **more: Any) -> Any:
     """A dataclass field with the text that `--help` shows for it.
 
-    `more` may contain `low` and `high` (bounds) and `choices`.
+    `more` may contain `low` and `high` (bounds), `choices`, and `name` (it is one on the wire).
     """
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        # Peers are told most of them: one beyond the wire's own bounds would end every session.
+        more.setdefault("high", MAX_INTEGER if isinstance(default, int) else MAX_SECONDS)
     return field(default=default, metadata={"unit": unit, "reason": reason, **more})
 
 
@@ -29,7 +35,9 @@ def option(default: Any, unit: str, reason: str, **more: Any) -> Any:
 class CoreSettings:
     """Options of the core. The defaults suit one broker with a few hundred workers."""
 
-    broker_name: str = option("broker", "", "shown to peers in WELCOME and in bus.version")
+    broker_name: str = option(
+        "broker", "", "shown to peers in WELCOME and in bus.version", name=True
+    )
 
     worker_heartbeat_s: float = option(
         1.0, "s", "a dead worker is found in heartbeat x liveness", low=0.01, high=3600
@@ -134,7 +142,11 @@ class CoreSettings:
     drain_s: float = option(30.0, "s", "deadline of a drain that names none", low=0)
 
     window_tokens: int = option(
-        DEFAULT_WINDOW_TOKENS, "tokens", "default window of a stream, sent in WELCOME", low=1
+        DEFAULT_WINDOW_TOKENS,
+        "tokens",
+        "default window of a stream, sent in WELCOME",
+        low=1,
+        high=MAX_WINDOW_TOKENS,
     )
     request_bytes: int = option(
         MAX_REQUEST_BYTES,

@@ -58,5 +58,15 @@ MAX_QUESTIONS: Final = 64
 """Of one decide request, as in the System One API that its servers have in common."""
 MAX_HELD_REQUESTS: Final = 65_536
 
+MAX_INTEGER: Final = (1 << 53) - 1
+"""SPEC.md [E3]: beyond it, languages without 64-bit integers lose digits."""
+MAX_MILLISECONDS: Final = 1 << 40
+"""35 years."""
+MAX_SECONDS: Final = 1e9
+"""Of an option: as milliseconds it is below that bound, whatever is added on the way."""
+MAX_WINDOW_TOKENS: Final = 1 << 31
+"""Of WELCOME."""
+MAX_SPEED: Final = 1e9
+
 DEFAULT_WINDOW_TOKENS: Final = 4096
 """How many tokens a worker may run ahead of what the client's application has read."""

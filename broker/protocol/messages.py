@@ -21,9 +21,11 @@ from broker.protocol.limits import (
     MAX_HELD_REQUESTS,
     MAX_KEPT_SPECIALS,
     MAX_NAME_BYTES,
+    MAX_SPEED,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
+    MAX_WINDOW_TOKENS,
 )
 from broker.protocol.output import (
     TEXT_IDS as TEXT_IDS,
@@ -178,7 +180,7 @@ class Hello(MapStruct, frozen=True, kw_only=True):
     #: the credit granted.
     capacity: Count = 0
     #: Relative speed, as `speed` in the replaced systems: a weight for lottery and shortest_queue.
-    speed: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
+    speed: Annotated[float, Meta(gt=0, le=MAX_SPEED)] = 1.0
     engine: str = ""
     device: str = ""
     holds: Annotated[list[Held], Meta(max_length=MAX_HELD_REQUESTS)] = []
@@ -220,7 +222,7 @@ class Welcome(MapStruct, frozen=True, kw_only=True):
     liveness: Annotated[int, Meta(ge=1, le=1000)]
     limits: BusLimits
     #: Default window of a stream, tokens.
-    window: Annotated[int, Meta(ge=1, le=1 << 31)]
+    window: Annotated[int, Meta(ge=1, le=MAX_WINDOW_TOKENS)]
     #: Whether this session may use the operator's verbs.
     operator: bool = False
 

@@ -20,10 +20,11 @@ from urllib.parse import urlsplit
 from broker.protocol.limits import MAX_ATTACHMENT_BYTES, MAX_ATTACHMENTS_BYTES, MAX_REQUEST_BYTES
 from broker.protocol.logs import FORMATS, LEVELS
 from broker.protocol.options import OptionParser, misspelt, parse_bool
+from broker.protocol.structs import check_name
 from client import BusError
 from client.gateway.addresses import Network
 from client.gateway.images import ImagePolicy
-from client.options import Connection
+from client.options import MOST_IN_FLIGHT, Connection
 from client.version import version
 
 __all__ = ["Config", "ConfigError", "parse_args"]
@@ -110,6 +111,13 @@ def _at_least_one(value: str) -> int:
     return number
 
 
+def _in_flight(value: str) -> int:
+    number = _at_least_one(value)
+    if number > MOST_IN_FLIGHT:
+        raise ValueError(f"must be {MOST_IN_FLIGHT} or less, got {value}")
+    return number
+
+
 def _words(value: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in value.split(",") if word.strip())
 
@@ -129,6 +137,7 @@ def _aliases(value: str) -> tuple[tuple[str, str], ...]:
         alias, equals, model = (part.strip() for part in word.partition("="))
         if not (alias and equals and model):
             raise ValueError(f"{word!r} is not ALIAS=MODEL")
+        check_name(model)
         pairs.append((alias, model))
     return tuple(pairs)
 
@@ -189,7 +198,7 @@ class Config:
         _at_least_one, 4 << 30, "disk for the response folder; the oldest make room, bytes", "N"
     )
     batch_concurrency: int = _option(
-        _at_least_one, 256, "lines of batches at once; fewer where workers run fewer", "N"
+        _in_flight, 256, "lines of batches at once; fewer where workers run fewer", "N"
     )
     batch_file_bytes: int = _option(_count, 200 << 20, "largest file for a batch, bytes", "N")
     batch_bytes: int = _option(

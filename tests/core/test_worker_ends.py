@@ -46,6 +46,12 @@ def test_it_says_when_the_end_is_called_off() -> None:
     assert world.exit is None
 
 
+def test_an_end_that_is_too_far_away_to_be_said_is_none() -> None:
+    world = serving()
+    world.tell(events.EndKnown(world.now_s + 7974 * 365 * 86_400.0, "the year 9999"))
+    assert said(world) is None
+
+
 def test_it_leaves_at_its_end_and_gives_its_streams_up_alive() -> None:
     world = serving()
     world.brokers[0].assign(1)

@@ -236,7 +236,8 @@ class Handler(BaseHTTPRequestHandler):
         if options.calls and chat and body["messages"][-1]["role"] != "tool":
             orders["call"] = ""
         if "busy" in orders and self.once("busy" + asked):
-            self.answer(429, {"error": {"message": "queue full"}}, {"retry-after": "0.2"})
+            wait = orders["busy"] or "0.2"
+            self.answer(429, {"error": {"message": "queue full"}}, {"retry-after": wait})
             return
         if "bad" in orders:
             self.answer(400, {"error": {"message": "that parameter is wrong", "code": 400}})

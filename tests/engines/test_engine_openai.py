@@ -391,6 +391,9 @@ def test_the_servers_errors_are_ours(build: Build, server: StandIn) -> None:
     assert "that parameter is wrong" in error.message
     error = failure_of(run(engine, ask("#busy")))
     assert (error.code, error.retryable, error.retry_after_ms) == ("overloaded", True, 200)
+    for told, wait_ms in (("inf", 1000), ("9e99", 1 << 40)):
+        error = failure_of(run(engine, ask(f"#busy={told}")))
+        assert (error.code, error.retry_after_ms) == ("overloaded", wait_ms)
     error = failure_of(run(engine, ask("#boom")))
     assert (error.code, error.retryable) == ("engine_error", False)
     events = run(engine, ask("#mid=3"))

@@ -417,6 +417,8 @@ def test_flags_win_over_the_environment() -> None:
         (["--shutdown-s", "x"], "--shutdown-s: must be a number, got 'x'"),
         (["--broker", "foo"], "write tcp://HOST:PORT"),
         (["--image-networks", "10.0.0.0/99"], "--image-networks"),
+        (["--batch-concurrency", "3000000000"], "--batch-concurrency: must be 2147483647 or less"),
+        (["--alias", "a=" + "x" * 257], "--alias: a name has 1 to 256 bytes"),
     ],
 )
 def test_an_unsafe_or_impossible_option_is_refused(arguments: list[str], words: str) -> None:

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
 from broker import __main__ as broker_main, auth, config
 from broker.config import Config, ConfigError
 from broker.protocol.header import MessageType
+from broker.protocol.messages import Drain, Welcome
 from tests.harness import PATIENCE_S, ROOT, wait_until
 from tests.wire.broker_peers import (
     RawClient,
@@ -241,6 +243,15 @@ def test_a_broker_that_fails_ends_so_that_it_is_restarted(where: str) -> None:
         (("--placement", "best"), "least_loaded"),
         (("--inflight", "many"), "integer"),
         (("--queue-s", "nan"), "below"),
+        (("--ttl-s", "inf"), "--ttl-s: inf is above"),
+        (("--ttl-s", "2e9"), "--ttl-s: 2000000000.0 is above"),
+        (("--shutdown-grace-s", "inf"), "above"),
+        (("--window-tokens", str((1 << 31) + 1)), "above"),
+        (("--inflight", "9" * 30), "above"),
+        (("--high-water-mark", str(1 << 31)), "above"),
+        (("--broker-name", ""), "1 to 256 bytes"),
+        (("--broker-name", "é" * 129), "1 to 256 bytes, got 258"),
+        (("--broker-name", os.fsdecode(b"\xff")), "not UTF-8"),
         (("--config", "nowhere.toml"), "nowhere.toml"),
     ],
 )
@@ -248,6 +259,34 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(arguments: tuple[str, ...], 
     done = run(*arguments)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert word in done.stderr
+
+
+def test_what_the_wire_cannot_say_is_refused_wherever_it_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "broker.toml"
+    for text in ("ttl_s = inf", "shutdown_grace_s = inf", "drain_s = 1" + "0" * 400):
+        file.write_text(text)
+        done = run("check", str(file))
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    done = run("check", environment={"TOKENBUS_BROKER_NAME": ""})
+    assert done.returncode == 2 and "TOKENBUS_BROKER_NAME: a name has" in done.stderr
+
+
+def test_peers_understand_a_broker_whose_options_are_at_their_highest(
+    tmp_path: Path, context: zmq.Context[Any]
+) -> None:
+    options = ["--broker-name", "é" * 128]
+    for name, field in Config.__dataclass_fields__.items():
+        if "high" in field.metadata and name != "io_threads":
+            options += [f"--{name.replace('_', '-')}", str(field.metadata["high"])]
+    with running_broker(tmp_path, *options) as broker:
+        worker, client = RawWorker(context, broker.back), RawClient(context, broker.front)
+        worker.join()
+        welcome = msgspec.convert(client.hello(role="client", name="client"), Welcome)
+        assert (welcome.broker, welcome.window) == ("é" * 128, 1 << 31)
+        stream_works(client, worker)
+        broker.signal(signal.SIGTERM)
+        drain = msgspec.convert(client.expect(MessageType.DRAIN)[1], Drain)
+        assert drain.deadline_ms == 10**12
 
 
 def test_insecure_must_be_explicit(tmp_path: Path) -> None:

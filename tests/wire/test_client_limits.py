@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 
@@ -66,6 +67,15 @@ def test_the_environment_names_the_broker(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TOKENBUS_BROKER", "tcp://h:1, ipc:///x")
     assert Client().brokers == ("tcp://h:1", "ipc:///x")
     assert Client("tcp://other:2").brokers == ("tcp://other:2",)
+
+
+def test_what_the_wire_cannot_say_is_refused_before_anything_is_sent() -> None:
+    for deadline_s in (math.inf, math.nan, -1.0, 2e9):
+        with Client() as client, pytest.raises(library.InvalidRequest, match="deadline_s is"):
+            client.drain("w1", deadline_s=deadline_s)
+    for name in ("\udcff", "é" * 129):
+        with pytest.raises(library.InvalidRequest, match="the name of the client"):
+            Client(name=name)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from broker import auth
+from broker.protocol.limits import MAX_NAME_BYTES
 from client import Client, EngineError, ModelUnavailable, Timeout, Tokens
 from client.cli.local_bus import ManagedProcess
 from tests.harness import PATIENCE_S, Bus, wait_until
@@ -293,6 +294,14 @@ def test_a_lower_broker_without_workers_offers_nothing_until_it_has_some(
     assert upper.client().chat("echo", "hello").text == "hello"
     lower.workers["w1"].kill()
     wait_free(upper, 0)
+
+
+def test_a_broker_of_the_longest_name_serves_above_too(make_bus: MakeBus) -> None:
+    upper = make_bus(0)
+    make_bus(1, "--upstream", upper.back, "--broker-name", "é" * 128, slots=2)
+    wait_free(upper, 2)
+    (row,) = relays(upper)
+    assert row["name"].startswith("é" * 100) and len(row["name"].encode()) <= MAX_NAME_BYTES
 
 
 def test_brokers_can_be_stacked(make_bus: MakeBus) -> None:

@@ -25,6 +25,7 @@ from broker.protocol.limits import (
     MAX_CONTROL_BYTES,
     MAX_HELD_REQUESTS,
     MAX_REQUEST_BYTES,
+    MAX_SECONDS,
 )
 from broker.protocol.messages import (
     Assign,
@@ -534,8 +535,9 @@ class WorkerCore:
         return self._drain_until_s if self._settings.relay else self._gone_s()
 
     def _ends_in_ms(self, now_s: float) -> int | None:
-        gone_s = self._gone_s()
-        return None if gone_s == math.inf else max(0, int((gone_s - now_s) * 1000))
+        left_s = self._gone_s() - now_s
+        # An end that is further away than can be said, such as the year 9999, is none.
+        return None if left_s > MAX_SECONDS else max(0, int(left_s * 1000))
 
     def _drain(self, reason: str, drain_s: float, now_s: float) -> None:
         if self._state is WorkerState.DRAINING:

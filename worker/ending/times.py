@@ -9,8 +9,9 @@ from typing import Final
 _UNITS_S: Final = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _UNIX: Final = re.compile(r"\d{9,11}(\.\d+)?")
 _CLOCK: Final = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
-_LENGTH: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
-_SLURM: Final = re.compile(r"(?:(\d+)-)?(\d+):(\d{2})(?::(\d{2}))?")
+# Bounded, so that all of them are finite numbers.
+_LENGTH: Final = re.compile(r"(\d{1,12}(?:\.\d+)?)\s*([smhd]?)")
+_SLURM: Final = re.compile(r"(?:(\d{1,9})-)?(\d{1,9}):(\d{2})(?::(\d{2}))?")
 
 
 def point(text: str, now: datetime) -> float:

@@ -23,6 +23,7 @@ from typing import Any, Final
 import httpx2
 
 from broker.protocol.errors import ErrorCode, ErrorInfo
+from broker.protocol.limits import MAX_MILLISECONDS
 from worker.engines.base import EngineLoadError
 from worker.engines.openai.settings import Settings
 
@@ -155,8 +156,8 @@ def _is_too_long(text: str) -> bool:
 
 def _retry_after_ms(text: str) -> int | None:
     """The value of a Retry-After header, which is seconds or a date; None if it is neither."""
-    with contextlib.suppress(ValueError):
-        return max(0, round(float(text) * 1000))
+    with contextlib.suppress(ValueError, OverflowError):
+        return min(max(0, round(float(text) * 1000)), MAX_MILLISECONDS)
     with contextlib.suppress(ValueError, TypeError):
         when = email.utils.parsedate_to_datetime(text).timestamp()
         return max(0, round((when - time.time()) * 1000))
