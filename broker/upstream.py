@@ -106,35 +106,52 @@ class Upstream:
     def _start(self, now_s: float) -> None:
         self._starts += 1
         name = f"{self._mark}.{self._starts}"
-        life_read, self._life = os.pipe()
-        paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.relay", str(life_read)],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(life_read,),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            # Ctrl-C in the terminal is handled by the broker.
-            process_group=0,
-        )
-        os.close(life_read)
-        self._started_s = now_s
         self._draining = False
+        try:
+            process, life = self._spawn()
+        except OSError as error:
+            # The machine has no room for a process now; the broker itself serves on.
+            self._start_later("relay not started", {"why": str(error)}, now_s)
+            return
+        self._process, self._life, self._started_s = process, life, now_s
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._life, json.dumps({**self._options, "name": name}).encode() + b"\n")
+            os.write(life, json.dumps({**self._options, "name": name}).encode() + b"\n")
         fields = {
             "relay": name,
             "upstream": ", ".join(self._options["upstream"]),
-            "pid": self._process.pid,
+            "pid": process.pid,
         }
         self._log("info", "relay starts", fields)
+
+    def _spawn(self) -> tuple[subprocess.Popen[bytes], int]:
+        """The process, and the end of the pipe by which it knows that the broker lives."""
+        paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+        life_read, life = os.pipe()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "worker.relay", str(life_read)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(life_read,),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                # Ctrl-C in the terminal is handled by the broker.
+                process_group=0,
+            )
+        except OSError:
+            os.close(life)
+            raise
+        finally:
+            os.close(life_read)
+        return process, life
 
     def _ended(self, status: int, now_s: float) -> None:
         self._forget()
         if now_s - self._started_s >= PROVEN_S:
             self._wait_s = FIRST_RESTART_S
+        self._start_later("relay ended", {"status": status}, now_s)
+
+    def _start_later(self, what: str, fields: dict[str, Any], now_s: float) -> None:
         self._start_s = now_s + self._wait_s
-        fields = {"status": status, "restart_in_s": self._wait_s}
-        self._log("warning", "relay ended", fields)
+        self._log("warning", what, {**fields, "restart_in_s": self._wait_s})
         self._wait_s = min(LONGEST_RESTART_S, 2 * self._wait_s)
 
     def _drain(self) -> None:

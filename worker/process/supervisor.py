@@ -2,7 +2,8 @@
 
 Turns the process's messages and its end into events for the worker's core. The core decides whether
 an engine hangs; `restart` then kills it. Gives up if the engine cannot be built at all, or dies
-repeatedly. Must never block the link, and never import torch or zmq.
+repeatedly, but not for want of processes or descriptors, which is no fault of the engine. Must
+never block the link, and never import torch or zmq.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ class Supervisor:
         self._was_ready = False
         self._deaths = 0
         self._restart_s = math.inf
+        #: How long to wait before the next start; it doubles until an engine has proved itself.
+        self._wait_s = FIRST_RESTART_S
+        #: Why no process could be started; `read` reports it.
+        self._not_started = ""
         #: The engine's last error message.
         self._last_words = ""
         self._unusable = False
@@ -68,39 +73,51 @@ class Supervisor:
     # --- the process ------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engine process; it loads and then says that it is ready."""
-        ours, theirs = socket.socketpair()
-        life_read, life_write = os.pipe()
+        """Start the engine process; it loads and then says that it is ready. If the machine has no
+        room for a process, `read` says so, and `tick` tries again."""
+        self._ready_s = None
+        self._restart_s = math.inf
+        self._last_words, self._unusable = "", False
+        try:
+            self._spawn()
+        except OSError as error:
+            self._not_started = f"the engine process could not be started: {error}"
+            return
+        self._send((msgspec.msgpack.encode(("options", asdict(self._options))),))
+
+    def _spawn(self) -> None:
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         # Threads of an OpenMP runtime that spin while idle would take the link's core.
         environment = {"OMP_WAIT_POLICY": "passive", **os.environ, **self._environment}
         environment["PYTHONPATH"] = os.pathsep.join(paths)
-        with theirs:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            near, far = socket.socketpair()
+            ours.enter_context(near)
+            theirs.enter_context(far)
+            life_read, life_write = os.pipe()
+            ours.callback(os.close, life_write)
+            theirs.callback(os.close, life_read)
             self._process = subprocess.Popen(
                 [
                     sys.executable,
                     "-m",
                     "worker.process.main",
-                    str(theirs.fileno()),
+                    str(far.fileno()),
                     str(life_read),
                     str(os.getpid()),
                 ],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), life_read),
+                pass_fds=(far.fileno(), life_read),
                 env=environment,
                 # A process group of its own: the link handles Ctrl-C in the terminal, and processes
                 # that the engine starts can be killed with it.
                 process_group=0,
             )
-        os.close(life_read)
-        self._life = life_write
-        self.pipe = Pipe(ours, blocking=False)
+            self._life = life_write
+            self.pipe = Pipe(near, blocking=False)
+            ours.pop_all()
         log.info("engine starts", extra={"fields": {"pid": self._process.pid}})
-        self._ready_s = None
-        self._restart_s = math.inf
-        self._last_words, self._unusable = "", False
-        self.pipe.send((msgspec.msgpack.encode(("options", asdict(self._options))),))
 
     @property
     def pid(self) -> int | None:
@@ -128,7 +145,7 @@ class Supervisor:
                 self.pipe.send((msgspec.msgpack.encode(("close",)),))
                 process.wait(CLOSE_WAIT_S if self._ready_s is not None else 0.0)
         self._kill()
-        self._restart_s = math.inf
+        self._restart_s, self._not_started = math.inf, ""
 
     def restart(self, reason: str, now_s: float) -> list[events.Event]:
         """Kill a hung engine, and start a new one after a while."""
@@ -152,6 +169,10 @@ class Supervisor:
         """Events since the last call, including the process's end."""
         refused, self._refused = self._refused, []
         arrived: list[events.Event] = [events.EngineStepped(refused)] if refused else []
+        if self._not_started:
+            reason, self._not_started = self._not_started, ""
+            self._start_later("engine not started", reason, now_s)
+            arrived.append(events.EngineLost(reason))
         if self.pipe is None:
             return arrived
         try:
@@ -224,17 +245,22 @@ class Supervisor:
 
     def _died(self, reason: str, now_s: float) -> list[events.Event]:
         proven = self._ready_s is not None and now_s - self._ready_s >= PROVEN_S
-        self._deaths = 1 if proven else self._deaths + 1
+        if proven:
+            self._deaths, self._wait_s = 0, FIRST_RESTART_S
+        self._deaths += 1
         if self._deaths >= QUICK_DEATHS:
             return [
                 events.WorkerFailed(
                     f"the engine died {self._deaths} times in a row; last: {reason}"
                 )
             ]
-        wait_s = min(LONGEST_RESTART_S, FIRST_RESTART_S * 2.0 ** (self._deaths - 1))
-        self._restart_s = now_s + wait_s
-        log.warning("engine lost", extra={"fields": {"cause": reason, "restart_in_s": wait_s}})
+        self._start_later("engine lost", reason, now_s)
         return []
+
+    def _start_later(self, what: str, reason: str, now_s: float) -> None:
+        self._restart_s = now_s + self._wait_s
+        log.warning(what, extra={"fields": {"cause": reason, "restart_in_s": self._wait_s}})
+        self._wait_s = min(LONGEST_RESTART_S, 2 * self._wait_s)
 
     # --- messages to the process ------------------------------------------------------------------
 
@@ -277,7 +303,7 @@ class Supervisor:
     @property
     def waiting(self) -> bool:
         """Whether `read` has events although the pipe is not readable."""
-        return bool(self._refused)
+        return bool(self._refused or self._not_started)
 
 
 def _how(status: int | None) -> str:
