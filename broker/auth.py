@@ -54,23 +54,45 @@ class KeyFileError(StartError):
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of an allow-list."""
+
+    name: str
+    #: Unix time; infinity: until somebody removes it.
+    until: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
 class AllowLists:
-    """Z85 public keys, each with the name of its owner."""
+    """The entries of Z85 public keys."""
 
-    clients: dict[str, str]
-    workers: dict[str, str]
-    operators: dict[str, str]
-    #: Unix time at which the next entry ends; those that have ended are not in the tables.
-    next_end: float = math.inf
+    clients: dict[str, Entry]
+    workers: dict[str, Entry]
+    operators: dict[str, Entry]
 
-    def may_enter(self, side: Side) -> dict[str, str]:
-        """Who may connect at a socket; operators come in at the front."""
-        return self.workers if side is Side.BACK else self.clients | self.operators
+    @property
+    def next_end(self) -> float:
+        """Unix time at which the next entry ends."""
+        tables = self.clients, self.workers, self.operators
+        return min((entry.until for table in tables for entry in table.values()), default=math.inf)
+
+    def without_ended(self, now: float) -> AllowLists:
+        """Without the entries that have ended by a Unix time."""
+        clients, workers, operators = (
+            {key: entry for key, entry in table.items() if entry.until > now}
+            for table in (self.clients, self.workers, self.operators)
+        )
+        return AllowLists(clients, workers, operators)
+
+    def admit(self, key: str, side: Side, now: float) -> bool:
+        """Whether a key may connect at a socket; operators come in at the front."""
+        tables = (self.workers,) if side is Side.BACK else (self.clients, self.operators)
+        return any(key in table and table[key].until > now for table in tables)
 
     def as_event(self) -> AccessChanged:
         """What the core needs to know."""
         return AccessChanged(
-            clients=frozenset(self.may_enter(Side.FRONT)),
+            clients=frozenset(self.clients | self.operators),
             workers=frozenset(self.workers),
             operators=frozenset(self.operators),
         )
@@ -101,32 +123,15 @@ def fresh_pair() -> tuple[str, str]:
 
 def load_allow_lists(folder: Path) -> AllowLists:
     """All three lists, without entries that have ended. Raises `KeyFileError`."""
-    now = time.time()
-    lists = [_load_list(_list_of(folder, role)) for role in ROLES]
-    ends = [entry.until for entries in lists for entry in entries.values()]
-    clients, workers, operators = (
-        {key: entry.name for key, entry in entries.items() if entry.until > now}
-        for entries in lists
-    )
-    return AllowLists(
-        clients, workers, operators, min((e for e in ends if e > now), default=math.inf)
-    )
+    clients, workers, operators = (_load_list(_list_of(folder, role)) for role in ROLES)
+    return AllowLists(clients, workers, operators).without_ended(time.time())
 
 
 def _list_of(folder: Path, role: str) -> Path:
     return folder / f"{role}s.allow"
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A line of an allow-list."""
-
-    name: str
-    #: Unix time; infinity: until somebody removes it.
-    until: float = math.inf
-
-
-def _load_list(path: Path) -> dict[str, _Entry]:
+def _load_list(path: Path) -> dict[str, Entry]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -151,16 +156,16 @@ def _load_list(path: Path) -> dict[str, _Entry]:
     return allowed
 
 
-def _entry(about: str) -> _Entry:
+def _entry(about: str) -> Entry:
     """What follows a key: the owner's name, and when the entry ends if it does."""
     name, mark, end = about.rpartition(UNTIL)
     if not mark:
-        return _Entry(about)
+        return Entry(about)
     try:
         until = datetime.fromisoformat(end).timestamp()
     except ValueError:
         raise ValueError(f"{UNTIL}{end}: not a date such as 2026-12-31T18:00:00Z") from None
-    return _Entry(name.strip(), until)
+    return Entry(name.strip(), until)
 
 
 def names(folder: Path) -> dict[str, tuple[str, float | None]]:
@@ -221,9 +226,11 @@ class Gate:
         Raises `KeyFileError`."""
         self._folder = folder
         self._log = log
-        self._relay = {relay_key: "this broker's relay"} if relay_key else {}
+        self._relay = {relay_key: Entry("this broker's relay")} if relay_key else {}
         self._read = self._seen = self._signature()
         self._allowed = self._load()
+        #: Why the lists could not be read last time; empty if they could.
+        self._problem = ""
         #: Keys were added that the core has not been told of.
         self._added = False
         #: When `look` is due next.
@@ -250,20 +257,35 @@ class Gate:
         return self._allowed.as_event()
 
     def reload(self) -> AccessChanged | None:
-        """Read the lists again. Returns None if they are broken; the old ones then
-        stay in force."""
+        """Read the lists again. If they are broken, the old ones stay in force until each entry
+        ends. Returns None if nothing has changed."""
+        self._problem = ""
+        return self._reload()
+
+    def _reload(self) -> AccessChanged | None:
         self._read = self._signature()
         try:
             self._allowed = self._load()
         except KeyFileError as error:
-            # Those that have ended, have; `look` must not ask for it again at once.
-            self._allowed = replace(self._allowed, next_end=math.inf)
-            self._log("warning", "allow-lists not reloaded", {"why": str(error)})
-            return None
+            if str(error) != self._problem:
+                self._problem = str(error)
+                fields = {"why": self._problem, "meanwhile": "the entries read before count"}
+                self._log("warning", "allow-lists not reloaded", fields)
+            return self._expire()
+        self._problem = ""
         allowed = self._allowed
         counts = {f"{role}s": len(getattr(allowed, f"{role}s")) for role in ROLES}
         self._log("info", "allow-lists reloaded", counts)
         return allowed.as_event()
+
+    def _expire(self) -> AccessChanged | None:
+        """Apply the ends of entries, for which no file is read: whatever state it is in."""
+        now = time.time()
+        if now < self._allowed.next_end:
+            return None
+        self._allowed = self._allowed.without_ended(now)
+        self._log("info", "entries of the allow-lists have ended")
+        return self.event()
 
     def _is_new(self, key: str, side: Side) -> bool:
         """Whether a key was added since the lists were read: whoever is invited may come at once.
@@ -274,14 +296,13 @@ class Gate:
             fresh = self._load()
         except KeyFileError:
             return False
-        if key not in fresh.may_enter(side):
+        if not fresh.admit(key, side, time.time()):
             return False
         old = self._allowed
         self._allowed = AllowLists(
             old.clients | fresh.clients,
             old.workers | fresh.workers,
             old.operators | fresh.operators,
-            min(old.next_end, fresh.next_end),
         )
         self._added, self.look_s = True, -math.inf
         return True
@@ -291,13 +312,15 @@ class Gate:
         self.look_s = now_s + LOOK_S
         seen, before = self._signature(), self._seen
         self._seen = seen
+        ended = self._expire()
         if self._added:
             self._added = False
             return self.event()
-        if seen == self._read:
-            return self.reload() if time.time() >= self._allowed.next_end else None
         # An editor may empty a file before it writes it: not the first sight of a change counts.
-        return self.reload() if seen == before else None
+        # Broken lists are read again: the cause may be the machine (no descriptors left).
+        if seen == before and (seen != self._read or self._problem):
+            return self._reload() or ended
+        return ended
 
     def _signature(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(_version(_list_of(self._folder, role)) for role in ROLES)
@@ -337,7 +360,7 @@ class Gate:
         if side is None or mechanism != b"CURVE" or len(frames) != 7 or len(frames[6]) != 32:
             return [ZAP_VERSION, request_id, b"400", b"CURVE is needed here", b"", b""]
         key = z85.encode(frames[6]).decode("ascii")
-        if key in self._allowed.may_enter(side) or self._is_new(key, side):
+        if self._allowed.admit(key, side, time.time()) or self._is_new(key, side):
             return [ZAP_VERSION, request_id, b"200", b"welcome", key.encode(), b""]
         self._log_refusal(side, address.decode("utf-8", "replace"), key)
         return [ZAP_VERSION, request_id, b"400", b"key is not on the allow-list", b"", b""]

@@ -11,17 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zmq
 
 from broker import auth, invite
+from broker.core.events import Side
 from broker.log import Logger
 from broker.protocol import invitation
 from broker.protocol.invitation import InvitationError
 from client import Client, Timeout, Unauthenticated
 from client.__main__ import _joined
 from tests.harness import PATIENCE_S, ROOT, Bus, wait_until
+from tests.support.descriptors import room_for
 from tests.support.faults import Proxy
 from worker import config as worker_config
 
@@ -177,6 +180,70 @@ def test_an_expired_entry_admits_nobody(keys: Path) -> None:
     path.write_text(path.read_text() + f"{auth.fresh_pair()[0]} x until=tomorrow\n")
     with pytest.raises(auth.KeyFileError, match=r"line \d+: until=tomorrow: not a date"):
         auth.load_allow_lists(keys)
+
+
+@pytest.mark.parametrize("spoilt", ["before", "at the end"])
+def test_an_entry_ends_whatever_the_state_of_the_files(
+    keys: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
+    began = time.time()
+    clock = SimpleNamespace(time=lambda: began, monotonic=time.monotonic)
+    monkeypatch.setattr(auth, "time", clock)
+    guests = {name: auth.fresh_pair()[0] for name in ("first", "second", "stays")}
+    for name, ends in (("first", began + 60), ("second", began + 120), ("stays", None)):
+        auth.allow(keys, "client", guests[name], name, ends)
+    said = io.StringIO()
+
+    def spoil(gate: auth.Gate) -> None:
+        (keys / "workers.allow").write_text("not a key\n")
+        if spoilt == "before":
+            assert (gate.look(1.0), gate.look(2.0)) == (None, None)
+
+    with zmq.Context() as context:
+        gate = auth.Gate(context, keys, Logger(said, form="json"))
+        try:
+            assert gate.look(0.0) is None
+            workers = gate.event().workers
+            spoil(gate)
+            clock.time = lambda: began + 62
+            change = gate.look(3.0)
+            assert change is not None and guests["first"] not in change.clients
+            assert {guests["second"], guests["stays"]} < change.clients
+            clock.time = lambda: began + 122
+            change = gate.look(4.0)
+            assert change is not None and guests["second"] not in change.clients
+            assert guests["stays"] in change.clients and change.workers == workers
+            assert gate.look(5.0) is None
+            assert said.getvalue().count("not reloaded") == 1, "one line for each cause"
+            # As soon as the file can be used, what it says counts.
+            (keys / "workers.allow").write_text("")
+            gate.look(6.0)
+            change = gate.look(7.0)
+            assert change is not None and not change.workers and guests["stays"] in change.clients
+        finally:
+            gate.socket.close(linger=0)
+
+
+def test_a_key_does_not_enter_after_its_end_even_before_the_next_look(keys: Path) -> None:
+    ended = auth.Entry("guest", time.time() - 1)
+    both = auth.AllowLists({"k": ended}, {"k": ended}, {"k": auth.Entry("boss")})
+    assert not both.admit("k", Side.BACK, time.time())
+    assert both.admit("k", Side.FRONT, time.time()), "as an operator it has no end"
+
+
+def test_lists_that_the_machine_could_not_read_are_read_again(keys: Path) -> None:
+    with zmq.Context() as context:
+        gate = auth.Gate(context, keys, Logger(io.StringIO()))
+        try:
+            gate.look(0.0)
+            public = auth.fresh_pair()[0]
+            auth.allow(keys, "client", public, "guest", None)
+            with room_for(0):
+                assert (gate.look(1.0), gate.look(2.0)) == (None, None)
+            change = gate.look(3.0)
+            assert change is not None and public in change.clients
+        finally:
+            gate.socket.close(linger=0)
 
 
 def test_a_list_is_not_read_while_an_editor_writes_it(keys: Path) -> None:
