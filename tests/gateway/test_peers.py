@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -147,6 +148,95 @@ def test_a_peer_that_breaks_off_ends_the_stream_there(
         assert "response.completed" not in told
         assert there.get(path).status_code == 404
     wait_until(lambda: first.bus.running() == 0, "a free slot")
+
+
+def follow_up(id_: str, said: str = "and?") -> dict[str, object]:
+    return {"model": MODEL, "input": said, "previous_response_id": id_}
+
+
+def test_a_follow_up_takes_as_long_as_its_model_does(make_gateway: MakeGateway) -> None:
+    first = make_gateway()
+    # Much longer than what a silent stream may be.
+    second = make_gateway("--peers", first.url, "--keep-alive-s", "0.2")
+    with first.openai() as here, second.http() as there:
+        made = here.responses.create(model=MODEL, input="hello")
+        late = follow_up(made.id, "[[echo prefill_ms=3000]]late")
+        answer = there.post("/v1/responses", json=late)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["output"][0]["content"][0]["text"] == "late"
+
+
+def test_a_caller_who_hangs_up_ends_the_peers_work(make_gateway: MakeGateway) -> None:
+    first = make_gateway()
+    second = make_gateway("--peers", first.url, "--keep-alive-s", "600")
+    with first.openai() as here:
+        made = here.responses.create(model=MODEL, input="hello")
+    body = json.dumps(follow_up(made.id, ENDLESS)).encode()
+    head = f"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(second.url).port or 0)) as caller:
+        caller.sendall(head.encode() + body)
+        wait_until(lambda: first.bus.running() == 1, "the follow-up at the peer")
+    wait_until(lambda: first.bus.running() == 0, "a free slot", timeout_s=60)
+
+
+def test_a_peer_that_dies_while_it_answers_is_no_unknown_id(
+    pair: tuple[GatewayProcess, GatewayProcess],
+) -> None:
+    first, second = pair
+    with first.openai() as here, second.http() as there:
+        made = here.responses.create(model=MODEL, input="hello")
+        answers: list[httpx.Response] = []
+        asking = threading.Thread(
+            target=lambda: answers.append(
+                there.post("/v1/responses", json=follow_up(made.id, ENDLESS))
+            )
+        )
+        asking.start()
+        wait_until(lambda: first.bus.running() == 1, "the follow-up at the peer")
+        first.process.kill()
+        asking.join()
+        assert answers[0].status_code == 502 and answers[0].headers["x-should-retry"] == "true"
+        assert answers[0].json()["error"]["code"] == "connection_lost"
+    wait_until(lambda: first.bus.running() == 0, "a free slot")
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of a peer to which everybody can connect, and which never says anything."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_peer_that_is_silent_to_everything_is_given_up(
+    make_gateway: MakeGateway, silent: str
+) -> None:
+    first = make_gateway()
+    second = make_gateway("--peers", f"{silent},{first.url}", "--keep-alive-s", "0.2")
+    with first.openai() as here, second.http() as there:
+        made = here.responses.create(model=MODEL, input="hello")
+        # The next one is asked all the same.
+        assert there.post("/v1/responses", json=follow_up(made.id)).status_code == 200
+        # That nobody has it is not known.
+        answer = there.post("/v1/responses", json=follow_up("resp_none"))
+        assert answer.status_code == 502 and "does not answer any more" in answer.text
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="this system does not show timers")
+def test_the_system_looks_whether_a_silent_peers_host_is_there(
+    make_gateway: MakeGateway, silent: str
+) -> None:
+    gateway = make_gateway("--peers", silent)
+    port = httpx.URL(silent).port or 0
+
+    def timers() -> set[str]:
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return {row[5][:2] for row in rows if row[2].endswith(f":{port:04X}") and row[3] == "01"}
+
+    asked = "GET /v1/responses/resp_none HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(gateway.url).port or 0)) as caller:
+        caller.sendall(asked.encode())
+        keep_alive = "02"
+        wait_until(lambda: timers() == {keep_alive}, "a connection that is watched")
 
 
 @pytest.mark.parametrize("value", ["gateway:8000", "ftp://x", "http://x/path"])
