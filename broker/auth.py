@@ -9,12 +9,13 @@ Import it only where keys are used: pyzmq's certificates load asyncio.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import itertools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ from zmq.utils import z85
 from broker.config import StartError
 from broker.core.events import AccessChanged, Side
 from broker.log import Logger
-from broker.protocol.keyfiles import exposed
+from broker.protocol.keyfiles import exposed, locked, replace_file
 from broker.protocol.refusals import WrongKeys
 
 ROLES: Final = ("client", "worker", "operator")
@@ -177,8 +178,20 @@ def names(folder: Path) -> dict[str, tuple[str, float | None]]:
     return found
 
 
+@contextlib.contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Nobody else changes the files of a key folder meanwhile. Raises `KeyFileError`, also where a
+    file cannot be read or written inside."""
+    try:
+        with locked(folder / ".lock"):
+            yield
+    except OSError as error:
+        raise KeyFileError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
 def allow(folder: Path, role: str, public: str, name: str, until: float | None) -> None:
-    """Add a key to a list, until a Unix time."""
+    """Add a key to a list, until a Unix time. The caller is `changing` the folder. Raises
+    OSError."""
     path = _list_of(folder, role)
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     if old and not old.endswith("\n"):
@@ -186,11 +199,12 @@ def allow(folder: Path, role: str, public: str, name: str, until: float | None) 
     end = (
         "" if until is None else f" {UNTIL}{datetime.fromtimestamp(until, UTC):%Y-%m-%dT%H:%M:%SZ}"
     )
-    _write_private(path, f"{old}{public} {name}{end}\n")
+    replace_file(path, f"{old}{public} {name}{end}\n")
 
 
 def forbid(folder: Path, name: str) -> list[str]:
-    """Remove all keys of this name; returns the names of the lists that had one."""
+    """Remove all keys of this name; returns the names of the lists that had one. The caller is
+    `changing` the folder. Raises OSError and `KeyFileError`."""
     changed = []
     for role in ROLES:
         path = _list_of(folder, role)
@@ -198,7 +212,7 @@ def forbid(folder: Path, name: str) -> list[str]:
         if gone:
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.strip().partition(" ")[0] not in gone]
-            _write_private(path, "".join(f"{line}\n" for line in kept))
+            replace_file(path, "".join(f"{line}\n" for line in kept))
             changed.append(path.name)
     return changed
 
@@ -400,6 +414,9 @@ def keys_command(arguments: Sequence[str], *, program: str) -> str:
     folder = Path(options.folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KeyFileError(f"{folder}: {error.strerror or error}") from None
+    with changing(folder):
         if options.add:
             name = options.name or options.add
             check_name(name)
@@ -408,8 +425,6 @@ def keys_command(arguments: Sequence[str], *, program: str) -> str:
             created = [_add_peer(folder, options.add, name)]
         else:
             created = _make_all(folder)
-    except OSError as error:
-        raise KeyFileError(f"{folder}: {error.strerror or error}") from None
     if not created:
         return f"{folder} is complete; nothing was changed. --add ROLE --name NAME adds a peer."
     lines = [f"  {line}" for line in created]
@@ -457,7 +472,7 @@ def _make_all(folder: Path) -> list[str]:
     for role in ROLES:
         path = folder / f"{role}s.allow"
         if not path.exists():
-            _write_private(path, f"# public keys of {role}s, one per line: KEY NAME\n")
+            replace_file(path, f"# public keys of {role}s, one per line: KEY NAME\n")
             created.append(f"{path.name.ljust(21)} allow-list of {role}s")
             if not (folder / f"{role}.key_secret").exists():
                 created.append(_add_peer(folder, role, role))
@@ -483,13 +498,3 @@ def _make_pair(folder: Path, name: str) -> str:
         Path(file).chmod(0o600)
     public: Any = zmq.auth.load_certificate(public_file)[0]
     return str(public.decode("ascii"))
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace a file atomically: a broker that reloads at this moment sees the old or
-    the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    part.replace(path)

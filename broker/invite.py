@@ -62,14 +62,15 @@ def invite(arguments: Sequence[str], *, program: str) -> tuple[str, str]:
         except BindError as error:
             raise auth.KeyFileError(f"--address: {error}") from None
     server, _ = auth.load_broker_key(folder)
-    if options.name in auth.names(folder):
-        raise auth.KeyFileError(
-            f"{options.name} is on a list already: choose another name, or revoke it first"
-        )
     public, secret = auth.fresh_pair()
     # The list knows whole seconds; the line must say the same.
     until = None if options.expires is None else math.ceil(time.time() + options.expires)
-    auth.allow(folder, role, public, options.name, until)
+    with auth.changing(folder):
+        if options.name in auth.names(folder):
+            raise auth.KeyFileError(
+                f"{options.name} is on a list already: choose another name, or revoke it first"
+            )
+        auth.allow(folder, role, public, options.name, until)
     made = invitation.Invitation(
         role=role,
         name=options.name,
@@ -111,7 +112,8 @@ def revoke(arguments: Sequence[str], *, program: str) -> str:
     if options.name not in known:
         names = ", ".join(sorted(known)) or "nobody"
         raise auth.KeyFileError(f"no list names {options.name!r}; on the lists: {names}")
-    lists = auth.forbid(folder, options.name)
+    with auth.changing(folder):
+        lists = auth.forbid(folder, options.name)
     left = folder / f"{options.name}.key_secret"
     hint = f"; {left} is of no use any more" if left.exists() else ""
     return f"{options.name} is off {', '.join(lists)}: its sessions end within some seconds{hint}"

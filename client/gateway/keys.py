@@ -25,7 +25,6 @@ import hashlib
 import hmac
 import logging
 import math
-import os
 import re
 import secrets
 import tomllib
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.protocol.errors import ErrorCode
+from broker.protocol.keyfiles import locked, replace_file
 from client.gateway.errors import GatewayError
 
 __all__ = ["ANYBODY", "Key", "KeyFile", "KeyFileError", "Usage", "add_key", "remove_key"]
@@ -309,8 +309,6 @@ def add_key(
         raise KeyFileError(
             f"{name!r} is not a name for a key: letters, digits, - and _, at most 64"
         )
-    if path.exists() and name in _read(path):
-        raise KeyFileError(f"{path} already has a key {name!r}; remove it first")
     presented = _PREFIX + secrets.token_urlsafe(32)
     lines = [
         f"[keys.{name}]",
@@ -332,40 +330,50 @@ def add_key(
         lines.append("many_users = true")
     if models:
         lines.append(f"models = [{', '.join(_toml_string(model) for model in models)}]")
-    old = path.read_text("utf-8") if path.exists() else ""
-    text = f"{old.rstrip()}\n\n{chr(10).join(lines)}\n".lstrip()
-    _parse(path, text)  # what could not be read again would be no file of keys at all
-    _replace(path, text)
+    with _changing(path, may_be_new=True):
+        old = ""
+        if path.exists():
+            if name in _read(path):
+                raise KeyFileError(f"{path} already has a key {name!r}; remove it first")
+            old = path.read_text("utf-8")
+        text = f"{old.rstrip()}\n\n{chr(10).join(lines)}\n".lstrip()
+        _parse(path, text)  # what could not be read again would be no file of keys at all
+        replace_file(path, text)
     return presented
 
 
 def remove_key(path: Path, name: str) -> None:
     """Remove a key from the file; gateways using the file refuse it from the next request on."""
-    if name not in _read(path):
-        raise KeyFileError(f"{path} has no key {name!r}")
-    kept: list[str] = []
-    inside = False
-    for line in path.read_text("utf-8").splitlines():
-        if line.lstrip().startswith("["):
-            inside = line.strip().split("#")[0].strip() == f"[keys.{name}]"
-        if not inside:
-            kept.append(line)
-    text = "\n".join(kept).strip() + "\n"
-    if name in tomllib.loads(text).get("keys", {}):
-        raise KeyFileError(f"{path}: remove the table of {name!r} by hand")
-    _replace(path, text.lstrip())
+    with _changing(path):
+        if name not in _read(path):
+            raise KeyFileError(f"{path} has no key {name!r}")
+        kept: list[str] = []
+        inside = False
+        for line in path.read_text("utf-8").splitlines():
+            if line.lstrip().startswith("["):
+                inside = line.strip().split("#")[0].strip() == f"[keys.{name}]"
+            if not inside:
+                kept.append(line)
+        text = "\n".join(kept).strip() + "\n"
+        if name in tomllib.loads(text).get("keys", {}):
+            raise KeyFileError(f"{path}: remove the table of {name!r} by hand")
+        replace_file(path, text.lstrip())
+
+
+@contextlib.contextmanager
+def _changing(path: Path, *, may_be_new: bool = False) -> Iterator[None]:
+    """Nobody else changes the file meanwhile. Raises `KeyFileError`, also where the file cannot be
+    read or written inside."""
+    try:
+        if may_be_new:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            path.stat()
+        with locked(path.with_name(f".{path.name}.lock")):
+            yield
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error.strerror or error}") from None
 
 
 def _toml_string(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write the whole file or nothing, readable only by its owner."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        beside.unlink()
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    beside.replace(path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,40 @@ def test_a_limit_that_the_file_may_not_have_is_not_written(
     with pytest.raises(KeyFileError, match=f"{next(iter(limit))} must be above 0"):
         add_key(path, "bob", **limit)
     assert path.read_text() == before
+
+
+def test_changes_at_once_are_all_made(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    for number in range(8):
+        add_key(path, f"old{number}")
+
+    def change(number: int) -> str:
+        key = add_key(path, f"new{number}")
+        remove_key(path, f"old{number}")
+        return key
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(change, range(8)))
+    keys = KeyFile(path)
+    assert {key.name for key in keys} == {f"new{number}" for number in range(8)}
+    for number, key in enumerate(made):
+        assert keys.find(key, TODAY).name == f"new{number}"
+
+
+@pytest.mark.parametrize("obstacle", ["keys.toml", ".keys.toml.lock", ".keys.toml.PID"])
+def test_a_key_file_that_cannot_be_written_is_one_line(tmp_path: Path, obstacle: str) -> None:
+    path = tmp_path / "keys.toml"
+    obstacle = obstacle.replace("PID", str(os.getpid()))
+    if obstacle != path.name:
+        add_key(path, "alice")
+    (tmp_path / obstacle).unlink(missing_ok=True)
+    (tmp_path / obstacle).mkdir()
+    for change in (add_key, remove_key):
+        with pytest.raises(KeyFileError, match=r"keys\.toml: Is a directory$"):
+            change(path, "bob" if change is add_key else "alice")
+    with pytest.raises(KeyFileError, match="No such file"):
+        remove_key(tmp_path / "nowhere.toml", "alice")
+    assert not (tmp_path / ".nowhere.toml.lock").exists()
 
 
 def test_a_changed_key_file_applies_from_the_next_request(tmp_path: Path) -> None:

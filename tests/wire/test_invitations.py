@@ -6,10 +6,12 @@ The broker is not restarted.
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +157,51 @@ def test_the_lists_say_who_may_connect_and_until_when(keys: Path) -> None:
     with pytest.raises(auth.KeyFileError, match=r"no list names 'dsktop'; on the lists: .*desktop"):
         invite.revoke([str(keys), "dsktop"], program="revoke")
     assert "client.key_secret is of no use" in invite.revoke([str(keys), "client"], program="")
+
+
+def test_changes_at_once_are_all_made(keys: Path) -> None:
+    """Operators, or a script that lets many in, run the commands side by side."""
+    for number in range(8):
+        invited(keys, f"old{number}")
+
+    def change(number: int) -> None:
+        invited(keys, f"new{number}")
+        auth.keys_command([str(keys), "--add", "worker", "--name", f"more{number}"], program="")
+        invite.revoke([str(keys), f"old{number}"], program="")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(change, range(8)))
+    expected = {f"{kind}{number}" for kind in ("new", "more") for number in range(8)}
+    assert set(auth.names(keys)) == {*expected, *auth.ROLES}
+    assert not list(keys.glob(".*.allow*")), "nothing is left beside the lists"
+
+
+def test_of_two_invitations_of_one_name_one_is_refused(keys: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        all_of_them = [pool.submit(invited, keys, "desktop") for _ in range(8)]
+    refused = [one.exception() for one in all_of_them if one.exception() is not None]
+    assert len(refused) == 7 and all("is on a list already" in str(error) for error in refused)
+
+
+@pytest.mark.parametrize("obstacle", [".lock", ".workers.allow.PID"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda keys: invited(keys, "desktop"),
+        lambda keys: invite.revoke([str(keys), "worker"], program=""),
+        lambda keys: auth.keys_command([str(keys), "--add", "worker", "--name", "w"], program=""),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named_in_one_line(
+    keys: Path, command: Callable[[Path], object], obstacle: str
+) -> None:
+    obstacle = obstacle.replace("PID", str(os.getpid()))
+    (keys / obstacle).unlink(missing_ok=True)
+    (keys / obstacle).mkdir()
+    before = (keys / "workers.allow").read_text()
+    with pytest.raises(auth.KeyFileError, match=f"{obstacle}: Is a directory$"):
+        command(keys)
+    assert (keys / "workers.allow").read_text() == before
 
 
 def test_the_line_has_what_the_broker_expects_and_no_file_keeps_its_secret(keys: Path) -> None:
