@@ -2,8 +2,11 @@
 
 A gateway keeps its answers in its own memory. With `--peers`, a gateway that does not know an id
 asks the others, so that re-reading, follow-ups, cancelling and deleting work at any of them. The
-caller's own key is sent along, and the peer checks it as usual. A request that came from a peer is
-never passed on again.
+caller's own key is sent along, and the peer checks it as usual; towards a key's limits a request
+counts where its answer is kept. A request that came from a peer is never passed on again.
+
+A peer that refuses to look, for its load or its keys, may have the answer all the same: if no other
+has it, the refusal is the answer.
 
 An answer that is not streamed may take as long as its model does, and its peer is silent meanwhile:
 only one that cannot be connected to is away, and one that is waited for must live. Must never keep
@@ -31,8 +34,9 @@ from client.gateway.sse import until_disconnect
 
 if TYPE_CHECKING:
     from client.gateway.context import Handler, RequestContext
+    from client.gateway.keys import Usage
 
-__all__ = ["PeerLost", "Peers", "anywhere", "is_asked"]
+__all__ = ["PeerLost", "Peers", "anywhere", "is_asked", "is_refusal"]
 
 log = logging.getLogger("tokenbus.gateway")
 
@@ -46,7 +50,13 @@ _PASSED_ON: Final = (
     "x-reattach",
     "x-request-id",
 )
-_PASSED_BACK: Final = ("content-type", "cache-control", "retry-after", "retry-after-ms")
+_PASSED_BACK: Final = (
+    "content-type",
+    "cache-control",
+    "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+)
 #: A peer that does not accept a connection within this time is away.
 _CONNECT_S: Final = 3.0
 #: How often the system asks a silent connection's other end whether it is there.
@@ -82,19 +92,32 @@ class Peers:
             await self._http.aclose()
 
     async def ask(self, context: RequestContext, body: bytes) -> Response | None:
-        """The answer of the first peer that knows the id; None if none does. Raises PeerLost, and
-        GatewayError(cancelled) if the caller leaves, which stops the peer's work."""
-        if self._http is None or is_asked(context.request.headers):
+        """The answer of the first peer that knows the id, else a refusal (see `is_refusal`); None
+        if no peer knows it. Raises PeerLost, and GatewayError(cancelled) if the caller leaves,
+        which stops the peer's work."""
+        if is_asked(context.request.headers):
+            _uncount(context)
+            return None
+        if self._http is None:
             return None
 
         async def search() -> AsyncGenerator[Sequence[Response | None], None]:
             yield [await self._search(context, body)]
 
-        (found,) = await until_disconnect(search(), context.request.receive)
-        return found
+        # Not counted while others are asked: this gateway may be one of them.
+        account, found = _uncount(context), None
+        try:
+            (found,) = await until_disconnect(search(), context.request.receive)
+            return found
+        finally:
+            if account is not None and (found is None or is_refusal(found)):
+                account.running += 1
+                account.left -= 1
+                context.account = account
 
     async def _search(self, context: RequestContext, body: bytes) -> Response | None:
         lost: PeerLost | None = None
+        refusals: list[Response] = []
         for address in self._addresses:
             for url, host in await _places(address):
                 try:
@@ -102,11 +125,17 @@ class Peers:
                 except PeerLost as error:
                     lost = error  # perhaps another knows it
                     continue
-                if found is not None:
+                if found is None:
+                    continue
+                if not is_refusal(found):
                     return found
+                log.warning("peer %s refuses: status %d", url, found.status_code)
+                refusals.append(found)
         if lost is not None:
             raise lost
-        return None
+        # Rather one that passes.
+        refusals.sort(key=lambda refusal: refusal.headers.get("x-should-retry") != "true")
+        return refusals[0] if refusals else None
 
     async def _ask(
         self, context: RequestContext, body: bytes, address: str, host: str
@@ -170,6 +199,23 @@ class Peers:
 def is_asked(headers: Headers) -> bool:
     """Whether another gateway asks, which has not found an answer itself."""
     return HEADER in headers
+
+
+def is_refusal(answer: Response) -> bool:
+    """Whether a peer's answer says nothing of the id: its key, its limits, a failure, or something
+    that is no gateway's."""
+    status, is_json = answer.status_code, "json" in answer.headers.get("content-type", "")
+    return status in (401, 403, 408, 429) or status >= 500 or (status >= 400 and not is_json)
+
+
+def _uncount(context: RequestContext) -> Usage | None:
+    """The request counts towards its key's limits where its answer is kept: not here. Returns the
+    usage that it was counted in."""
+    account, context.account = context.account, None
+    if account is not None:
+        account.finished()
+        account.left += 1
+    return account
 
 
 def anywhere(handler: Handler) -> Handler:

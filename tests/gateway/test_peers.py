@@ -200,6 +200,79 @@ def test_a_peer_that_dies_while_it_answers_is_no_unknown_id(
     wait_until(lambda: first.bus.running() == 0, "a free slot")
 
 
+def limited(keys: Path, limit: str) -> Path:
+    """The same key under a limit, for another gateway."""
+    made = keys.with_name(f"{limit.split()[0]}.toml")
+    made.write_text(f"{keys.read_text()}{limit}\n")
+    return made
+
+
+def test_a_peer_that_refuses_does_not_end_the_search(
+    make_gateway: MakeGateway, tmp_path: Path
+) -> None:
+    keys, others = tmp_path / "keys.toml", tmp_path / "others.toml"
+    alice = add_key(keys, "alice")
+    add_key(others, "bob")
+    first, refuses = make_gateway("--keys", str(keys)), make_gateway("--keys", str(others))
+    peers = f"{refuses.url},{first.url}"
+    second = make_gateway("--keys", str(keys), "--peers", peers)
+    with first.openai(api_key=alice) as here, second.openai(api_key=alice) as there:
+        made = here.responses.create(model=MODEL, input="hello")
+        assert there.responses.retrieve(made.id).output_text == "hello"
+        # It might have been there.
+        with pytest.raises(openai.AuthenticationError):
+            there.responses.retrieve("resp_none")
+        first.process.kill()
+        with pytest.raises(openai.AuthenticationError):
+            there.responses.retrieve(made.id)
+
+
+def test_a_request_counts_where_its_answer_is_kept(
+    make_gateway: MakeGateway, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    alice = add_key(keys, "alice")
+    seldom = str(limited(keys, "rate_per_minute = 0.01"))
+    first = make_gateway("--keys", str(keys))
+    second = make_gateway("--keys", seldom, "--peers", first.url)
+    with first.openai(api_key=alice) as here, second.openai(api_key=alice) as there:
+        made = here.responses.create(model=MODEL, input="hello")
+        for _ in range(2):
+            there.responses.create(model=MODEL, input="and?", previous_response_id=made.id)
+        with pytest.raises(openai.BadRequestError):
+            there.responses.create(model=MODEL, input="and?", previous_response_id="resp_none")
+        with pytest.raises(openai.RateLimitError):
+            there.responses.create(model=MODEL, input="hello")
+    # Nor does it count at a peer that does not keep it.
+    third = make_gateway("--keys", seldom)
+    fourth = make_gateway("--keys", str(keys), "--peers", third.url)
+    with fourth.openai(api_key=alice) as other, third.openai(api_key=alice) as at:
+        for _ in range(2):
+            with pytest.raises(openai.BadRequestError):
+                other.responses.create(model=MODEL, input="x", previous_response_id="resp_none")
+        at.responses.create(model=MODEL, input="hello")
+
+
+def test_a_gateway_that_asks_itself_does_not_refuse_itself(
+    make_gateway: MakeGateway, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    alice = add_key(keys, "alice")
+    first = make_gateway("--keys", str(keys))
+    alone = str(limited(keys, "concurrency = 1"))
+    second = make_gateway("--keys", alone)
+    port = second.url.rpartition(":")[2]
+    second.process.kill()
+    peers = f"{second.url},{first.url}"
+    again = make_gateway("--keys", alone, "--port", port, "--peers", peers)
+    with first.openai(api_key=alice) as here, again.openai(api_key=alice) as there:
+        made = here.responses.create(model=MODEL, input="hello")
+        follow = there.responses.create(model=MODEL, input="and?", previous_response_id=made.id)
+        assert follow.output_text == "and?"
+        with pytest.raises(openai.BadRequestError):
+            there.responses.create(model=MODEL, input="and?", previous_response_id="resp_none")
+
+
 @pytest.fixture
 def silent() -> Iterator[str]:
     """The address of a peer to which everybody can connect, and which never says anything."""

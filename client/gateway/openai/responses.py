@@ -41,7 +41,7 @@ from client.gateway.openai.responses_body import (
 from client.gateway.openai.responses_output import OutputItem, ResponseBuilder
 from client.gateway.openai.responses_shared import call_of, forget, keep_end, recall, share
 from client.gateway.openai.shapes import dumped
-from client.gateway.peers import PeerLost, is_asked
+from client.gateway.peers import PeerLost, is_asked, is_refusal
 from client.gateway.reattach import Kept, Store
 from client.gateway.sse import until_disconnect
 
@@ -159,10 +159,11 @@ async def _read_on(context: RequestContext, position: Position) -> Response | No
     except UnknownAnswer:
         if is_asked(context.request.headers):
             raise
-        try:
-            return await context.gateway.peers.ask(context, context.raw_body)
-        except PeerLost:
-            return None
+        with contextlib.suppress(PeerLost):
+            found = await context.gateway.peers.ask(context, context.raw_body)
+            if found is not None and not is_refusal(found):
+                return found
+        return None
     after = None
     if kept.transcript is not None:
         after = kept.transcript.behind(position.event_id, position.events)
