@@ -405,7 +405,7 @@ class BrokerCore(BusState):
     def _on_worker_drain(self, worker: WorkerSession, head: Header, frames: Frames) -> None:
         drain = self._control(Drain, frames)
         worker.draining = True
-        if drain.deadline_ms:
+        if drain.deadline_ms is not None:
             ends.drains(self, worker, drain.deadline_ms / 1000)
         self.log("info", "worker drains", worker, why=drain.reason)
 

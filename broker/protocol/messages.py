@@ -289,7 +289,8 @@ class Drain(MapStruct, frozen=True, kw_only=True):
     about to stop."""
 
     reason: str = ""
-    deadline_ms: Milliseconds = 0
+    #: 0 is at once. Left out, a worker that is told to stop takes as long as its own options allow.
+    deadline_ms: Milliseconds | None = None
 
 
 # --- requests -------------------------------------------------------------------------------------

@@ -422,6 +422,13 @@ def test_an_operator_drains_a_worker_and_it_gets_nothing_more() -> None:
     assert client.query("bus.workers")[0]["state"] == "draining"
 
 
+def test_a_drain_at_once_is_told_as_such() -> None:
+    bus = Bus()
+    worker = bus.worker()
+    bus.client().query("bus.drain", worker="worker", deadline_ms=0)
+    assert worker.only(MessageType.DRAIN).plain["deadline_ms"] == 0
+
+
 def test_a_drained_worker_that_does_not_leave_is_dropped_and_its_requests_interrupted() -> None:
     bus = Bus(worker_liveness=100)
     worker, client = bus.worker(), bus.client()

@@ -407,6 +407,20 @@ def test_a_drain_ends_at_its_deadline_whatever_is_running() -> None:
     assert world.exit is not None
 
 
+def test_a_drain_without_a_deadline_takes_the_workers_own_and_one_of_0_is_at_once() -> None:
+    for deadline_ms, leaves_s in ((None, 30.0), (0, 0.0)):
+        world = serving()
+        (broker,) = world.brokers
+        broker.assign(1)
+        broker.drain(deadline_ms)
+        if leaves_s:
+            world.advance(leaves_s - 0.1)
+            assert world.exit is None
+        world.advance(0.2)
+        assert broker.came(MessageType.GOODBYE)[0].reason == "drained"
+        assert world.exit is not None
+
+
 def test_a_second_request_to_stop_does_not_wait() -> None:
     world = serving()
     world.brokers[0].assign(1)

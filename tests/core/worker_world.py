@@ -211,7 +211,7 @@ class Broker:
         self.returned += credit
         self.beat(recalled=credit if answers is None else answers)
 
-    def drain(self, deadline_ms: int = 0) -> None:
+    def drain(self, deadline_ms: int | None = None) -> None:
         message = Drain(reason="test", deadline_ms=deadline_ms)
         self.say(MessageType.DRAIN, self.session, codec.encode(message))
 

@@ -268,6 +268,7 @@ def every_field() -> dict[str, Example]:
             ],
             [],
         ),
+        "drain_now": (t.DRAIN, SESSION, 9, 0, [m.Drain(deadline_ms=0)], []),
         "hello_decide": (t.HELLO, header.NO_ID, 0, 0, [decider], []),
         "accepted_worker": (t.ACCEPTED, REQUEST, 1, 0, [m.Accepted(worker="gpu-1")], []),
         "accepted_returned": (

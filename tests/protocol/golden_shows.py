@@ -78,6 +78,7 @@ SHOWS: Final = {
     "hello_worker_with_an_end": "a worker that knows when it will be gone, and why",
     "hello_client_that_hears_of_waits": "a client that wants ACCEPTED again while it waits",
     "accepted_while_it_waits": "queued: two are ahead, when it should start, what it waits for",
+    "drain_now": "a drain whose deadline has come, which is not the same as none",
     "heartbeat_with_an_end": "the same, later: its end is near",
 }
 

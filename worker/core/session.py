@@ -364,7 +364,9 @@ class WorkerCore:
                 self._requests.widen(connection, id_, limit, now_s)
             case MessageType.DRAIN:
                 drain = codec.decode(Drain, body, MAX_CONTROL_BYTES)
-                drain_s = drain.deadline_ms / 1000 or self._settings.drain_s
+                drain_s = self._settings.drain_s
+                if drain.deadline_ms is not None:
+                    drain_s = drain.deadline_ms / 1000
                 self._drain(drain.reason or "ordered by the broker", drain_s, now_s)
             case _:
                 raise ProtocolError(f"{type_.name} is not for a worker")
