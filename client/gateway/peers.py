@@ -116,6 +116,9 @@ class Peers:
                 context.account = account
 
     async def _search(self, context: RequestContext, body: bytes) -> Response | None:
+        # A reader who came back to another gateway has left a copy there: all of them delete it.
+        everywhere = context.request.method == "DELETE"
+        first: Response | None = None
         lost: PeerLost | None = None
         refusals: list[Response] = []
         for address in self._addresses:
@@ -128,9 +131,14 @@ class Peers:
                 if found is None:
                     continue
                 if not is_refusal(found):
-                    return found
+                    first = first or found
+                    if not everywhere:
+                        return first
+                    continue
                 log.warning("peer %s refuses: status %d", url, found.status_code)
                 refusals.append(found)
+        if first is not None:
+            return first
         if lost is not None:
             raise lost
         # Rather one that passes.
@@ -222,13 +230,18 @@ def anywhere(handler: Handler) -> Handler:
     """Wrap a handler: if it does not know an id, a peer that does answers instead."""
 
     async def answer(context: RequestContext) -> Response:
+        peers = context.gateway.peers
         try:
-            return await handler(context)
+            answered = await handler(context)
         except UnknownAnswer:
-            found = await context.gateway.peers.ask(context, context.raw_body)
+            found = await peers.ask(context, context.raw_body)
             if found is None:
                 raise
             return found
+        if context.request.method == "DELETE":
+            with contextlib.suppress(PeerLost):  # here it is deleted
+                await peers.ask(context, context.raw_body)
+        return answered
 
     return answer
 

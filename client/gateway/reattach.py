@@ -265,6 +265,8 @@ class Store:
     size_bytes: int = 0
     #: By kind and id.
     _entries: OrderedDict[tuple[str, str], Kept] = field(default_factory=OrderedDict)
+    #: Kind and id of the latest that were deleted.
+    _deleted: OrderedDict[tuple[str, str], None] = field(default_factory=OrderedDict)
     #: Transcripts that wait for room.
     _held: set[Transcript] = field(default_factory=set)
     #: After room was not found: do not search again before this size or a change.
@@ -276,7 +278,10 @@ class Store:
         return self.size_bytes > self.max_bytes
 
     def put(self, kept: Kept) -> None:
-        """Keep an answer; others make room."""
+        """Keep an answer; others make room. One that was deleted, and is generated again for a
+        reader who comes back to it, is not kept."""
+        if self.is_deleted(kept.id, kept.kind):
+            return
         if (before := self._entries.get((kept.kind, kept.id))) is not None:
             self.drop(before)
         kept.store = self
@@ -328,6 +333,17 @@ class Store:
         if kept.transcript is not None:
             kept.transcript.cancel()
         self.changed()
+
+    def delete(self, kept: Kept) -> None:
+        """Forget an answer for good, and stop it if it runs."""
+        self._deleted[kept.kind, kept.id] = None
+        if len(self._deleted) > self.max_entries:
+            self._deleted.popitem(last=False)
+        self.drop(kept)
+
+    def is_deleted(self, id_: str, kind: str) -> bool:
+        """Whether its owner deleted it, not long ago."""
+        return (kind, id_) in self._deleted
 
     async def close(self) -> None:
         """Stop everything that runs."""

@@ -291,6 +291,7 @@ async def _add_items(context: RequestContext) -> Response:
         if len(conversation.items) + len(items) > http.MAX_MESSAGES:
             raise _too_many(kept.id)
         size_bytes = await context.aside(bytes_of, items)
+        find_conversation(context, kept.id, None)  # it may have been deleted meanwhile
         context.gateway.store.touch(kept)
         _add(kept, items, size_bytes)
         _check_kept(kept)

@@ -122,6 +122,7 @@ async def create_response(context: RequestContext) -> Response:
     owner = local.owner if local is not None and is_local else context.key.name
     kept = Kept(builder.id, owner, "response", builder, call.size_bytes)
     builder.grew = kept.grew
+    builder.deleted = store.is_deleted(kept.id, kept.kind)
     if body.store is not False:
         source = await share(context, builder, source)
     if body.background:
@@ -152,7 +153,12 @@ async def create_response(context: RequestContext) -> Response:
 
 async def _read_on(context: RequestContext, position: Position) -> Response | None:
     """The rest of a response in the background, from where it runs or is kept; None if that is
-    nowhere. Raises UnknownAnswer to a gateway that asks, which then generates it again itself."""
+    nowhere. Raises UnknownAnswer to a gateway that asks, which then generates it again itself, and
+    GatewayError if it was deleted."""
+    if context.gateway.store.is_deleted(position.answer, "response"):
+        raise GatewayError(
+            ErrorCode.INVALID_REQUEST, f"Response {position.answer!r} was deleted.", status=404
+        )
     await recall(context, position.answer)
     try:
         kept = context.gateway.store.find(position.answer, context.key.name, "response")
@@ -348,10 +354,9 @@ def _place(context: RequestContext, kept: Kept) -> int:
 
 
 async def delete_response(context: RequestContext) -> Response:
-    """Forget a response; one that runs is cancelled."""
+    """Forget a response; one that runs in the background is cancelled."""
     kept = await _find(context)
-    context.gateway.store.drop(kept)
-    await forget(context, kept.value)
+    await forget(context, kept)
     return JSONResponse({"id": kept.id, "object": "response", "deleted": True})
 
 

@@ -8,6 +8,7 @@ touch the store or a connection.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import time
@@ -114,6 +115,10 @@ class ResponseBuilder:
         self._final: shapes.Response | None = None
         #: Other gateways may read and delete it, see `responses_folder`.
         self.in_folder = False
+        #: It is not written there any more.
+        self.deleted = False
+        #: One at a time writes it there, or removes it.
+        self.recording = asyncio.Lock()
         #: Told of what the answer takes, as it grows; bytes.
         self.grew: Callable[[int], None] = lambda size_bytes: None
         self._open = False  # the last output item is not complete

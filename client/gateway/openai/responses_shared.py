@@ -42,7 +42,7 @@ async def share(context: RequestContext, builder: ResponseBuilder, source: Sourc
     """The same events, of a response that is to be stored; it is in the folder when its last is
     told, and each event of one in the background before that is told."""
     folder = context.gateway.responses
-    if folder is None:
+    if folder is None or builder.deleted:
         return source
     record = Record(
         owner=context.key.name,
@@ -97,8 +97,15 @@ async def keep_end(context: RequestContext, builder: ResponseBuilder) -> None:
 async def _keep(folder: ResponseFolder, record: Record, builder: ResponseBuilder) -> bool:
     final: dict[str, Any] = msgspec.json.decode(dumped(builder.snapshot()))
     record = msgspec.structs.replace(record, final=final)
-    builder.in_folder = await asyncio.to_thread(folder.keep, builder.id, record)
+    # To its end, even if the response is cancelled meanwhile: no thread can be stopped.
+    await asyncio.shield(asyncio.create_task(_write(folder, record, builder)))
     return True
+
+
+async def _write(folder: ResponseFolder, record: Record, builder: ResponseBuilder) -> None:
+    async with builder.recording:
+        if not builder.deleted:
+            builder.in_folder = await asyncio.to_thread(folder.keep, builder.id, record)
 
 
 async def recall(context: RequestContext, id_: str) -> None:
@@ -160,10 +167,16 @@ async def _take(context: RequestContext, folder: ResponseFolder, id_: str, found
         store.run(kept, _replayed(events), builder.failed, grace_s=None, on_end=lambda: None)
 
 
-async def forget(context: RequestContext, builder: ResponseBuilder) -> None:
-    """It is deleted."""
-    if context.gateway.responses is not None:
-        await asyncio.to_thread(context.gateway.responses.drop, builder.id)
+async def forget(context: RequestContext, kept: Kept) -> None:
+    """It is deleted, and ends if it runs in the background."""
+    builder: ResponseBuilder = kept.value
+    builder.deleted = True
+    folder = context.gateway.responses
+    if folder is not None:
+        async with folder.taking, builder.recording:
+            # First: once it has ended here, whoever finds it in the folder would finish it.
+            await asyncio.to_thread(folder.drop, builder.id)
+    context.gateway.store.delete(kept)
 
 
 async def _replayed(events: list[bytes]) -> Source:

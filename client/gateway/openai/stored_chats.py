@@ -7,6 +7,7 @@ once it is complete, streamed or not, before its reader is told the end; what fa
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from typing import Any, Final
@@ -136,8 +137,11 @@ async def update_chat(context: RequestContext) -> Response:
 
 async def delete_chat(context: RequestContext) -> Response:
     """Forget a chat."""
-    kept = _at_path(context)
-    context.gateway.store.drop(kept)
+    kept, store = _at_path(context), context.gateway.store
+    store.delete(kept)
+    with contextlib.suppress(UnknownAnswer):
+        # Its events, of one whose reader may come back.
+        store.drop(store.find(kept.id, context.key.name, "chat"))
     return JSONResponse({"id": kept.id, "object": "chat.completion.deleted", "deleted": True})
 
 
