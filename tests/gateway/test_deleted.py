@@ -13,8 +13,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx2 as httpx
+import pytest
+from starlette.datastructures import QueryParams
 
 from client.gateway.context import RequestContext
+from client.gateway.errors import UnknownAnswer
+from client.gateway.openai.conversations import Conversation, ConversationItems, _add_items
 from client.gateway.openai.position import Position
 from client.gateway.openai.responses_body import ResponseRequest, as_chat
 from client.gateway.openai.responses_folder import Journal, Record, ResponseFolder
@@ -86,6 +90,31 @@ def test_a_conversation_that_is_deleted_while_a_response_stands_on_it(
             assert http.delete(path).status_code == 200
             list(arriving)
         assert gone(http, path) and gone(http, f"{path}/items")
+
+
+def test_a_conversation_that_is_deleted_while_items_are_read_for_it() -> None:
+    store = Store(8, 1 << 20)
+    kept = Kept("conv_1", "alice", "conversation", Conversation("conv_1", {}))
+    store.put(kept)
+
+    async def given(kind: type[ConversationItems]) -> ConversationItems:
+        return kind(items=[{"role": "user", "content": "one"}])
+
+    async def aside(work: Callable[..., Any], *arguments: Any) -> Any:
+        store.drop(kept)
+        return work(*arguments)
+
+    context = SimpleNamespace(
+        gateway=SimpleNamespace(store=store),
+        key=SimpleNamespace(name="alice"),
+        request=SimpleNamespace(query_params=QueryParams(), path_params={"id": kept.id}),
+        request_id="r1",
+        read=given,
+        aside=aside,
+    )
+    # And not that it does not fit into the memory.
+    with pytest.raises(UnknownAnswer):
+        asyncio.run(_add_items(cast(RequestContext, context)))
 
 
 def test_a_reader_who_comes_back_to_what_was_deleted_does_not_have_it_kept_again(
