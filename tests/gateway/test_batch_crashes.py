@@ -256,8 +256,7 @@ def test_batches_that_wait_hold_up_nobody_elses_and_can_be_ended(tmp_path: Path)
         batches = Batches(world.folder)
         bus: Any = Bus()
         jobs = Jobs(gateway_of(Config(batch_concurrency=1000), bus), batches)
-        jobs._of_model = lambda _: 1000  # type: ignore[method-assign]
-        jobs._models._limit = jobs._of_model
+        jobs._places.models._limit = lambda _: 1000
 
         async def answer(line: Line, *_: Any, **named: Any) -> Answered:
             if line.custom_id != "b":

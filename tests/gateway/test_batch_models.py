@@ -99,3 +99,28 @@ def test_the_only_model_is_the_only_one_that_the_key_may_use(
     caller = Caller(make_gateway(*options, bus=bus_of("demo", "other")), alice)
     done = caller.over(caller.begin(unnamed("a")))
     assert caller.answers(done)["a"]["response"]["body"]["model"] == "demo"
+
+
+# --- models that leave ----------------------------------------------------------------------------
+
+
+def test_a_batch_whose_model_has_left_holds_up_no_other_of_its_key(
+    bus_of: Callable[..., Bus], make_gateway: Make, tmp_path: Path
+) -> None:
+    bus = bus_of("demo", "other")
+    keys = tmp_path / "keys.toml"
+    alice = add_key(keys, "alice", concurrency=1)
+    options = ("--batch-folder", str(tmp_path / "batches"), "--keys", str(keys))
+    caller = Caller(make_gateway(*options, bus=bus), alice)
+    text = "[[echo mode=sampled answer_tokens=50 step_delay_ms=10]] x"
+    body = {"model": "other", "messages": [{"role": "user", "content": text}]}
+    first = caller.begin(*[line(f"l{number}", **body) for number in range(6)])
+    wait_until(lambda: bus.running() == 1, "a line runs")
+    end(bus, "other")
+    second = caller.over(caller.begin(line("a", model="demo"), line("b", model="demo")))
+    assert second.request_counts and second.request_counts.completed == 2
+    assert caller.sdk.batches.retrieve(first.id).status == "in_progress"
+    serve(bus, "other")
+    done = caller.over(first)
+    assert done.request_counts and done.request_counts.completed == 6
+    assert len(caller.answers(done)) == 6

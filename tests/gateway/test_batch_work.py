@@ -97,6 +97,31 @@ def test_a_turn_that_is_given_up_goes_to_the_next() -> None:
     run(work())
 
 
+def test_who_wants_an_open_name_is_sent_away_when_it_closes() -> None:
+    async def work() -> None:
+        limits = {"m": 1}
+        room = Room(lambda name: limits[name])
+        assert await room.enter("m", while_open=True)
+        waits = asyncio.create_task(room.enter("m"))
+        wants = asyncio.create_task(room.enter("m", while_open=True))
+        await settled()
+        limits["m"] = 0
+        room.look()
+        assert not await wants and not await room.enter("m", while_open=True)
+        room.leave("m")
+        await settled()
+        assert not waits.done() and room.inside("m") == 0
+        opened = asyncio.create_task(room.opened("m"))
+        await settled()
+        assert not opened.done()
+        limits["m"] = 1
+        room.look()
+        await opened
+        assert await waits and room.inside("m") == 1
+
+    run(work())
+
+
 # --- working through ------------------------------------------------------------------------------
 
 

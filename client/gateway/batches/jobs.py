@@ -27,14 +27,23 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from broker.protocol.errors import ErrorCode
 from client import BusError, InvalidRequest, Timeout
-from client.gateway.batches.answering import Answered, Doors, Unanswered, refused, unexecuted
+from client.gateway.batches.answering import (
+    RETRY,
+    Answered,
+    Doors,
+    Unanswered,
+    refused,
+    unexecuted,
+)
 from client.gateway.batches.folder import Folder
 from client.gateway.batches.lines import Line, Mistake, check, lines
 from client.gateway.batches.output import Output, Tally
+from client.gateway.batches.places import Places
 from client.gateway.batches.records import OPEN, Ending, FileObject, Job
-from client.gateway.batches.work import Room, work_through
+from client.gateway.batches.work import work_through
 from client.gateway.errors import GatewayError
 from client.gateway.keys import ANYBODY, Key
+from client.gateway.openai.generation import RETRY as STREAM_RETRY
 from client.gateway.state import Gateway
 
 __all__ = ["MAX_LINES", "Batches", "Jobs"]
@@ -61,11 +70,12 @@ _PAUSE_S: Final = 10.0
 #: Of a line that has no answer yet, and of a key whose budget is used up.
 _WAIT_S: Final = 1.0
 _WAIT_LONGEST_S: Final = 30.0
-#: Of a model that the bus does not know; its lines are refused at once.
-_UNKNOWN_AT_ONCE: Final = 4
 #: A batch waits in the broker's queue for as long as it may last.
 _QUEUE_S: Final = 30 * 24 * 3600.0
 
+#: A line that is to be asked again gives up its room meanwhile. So the bus client resumes streams
+#: that were interrupted, and what may last is left to the loop here.
+_RETRY: Final = replace(RETRY, codes=STREAM_RETRY.codes)
 #: Failures that say nothing about the line: it is asked again.
 _LATER: Final = frozenset(
     code.value
@@ -122,6 +132,8 @@ class _Results:
             self._good = stack.enter_context(Output(folder.path_of(job.output_id), own=True))
             self._bad = stack.enter_context(Output(folder.path_of(job.error_id), own=True))
             self._opened = stack.pop_all()
+        #: Why lines that are to be asked again had no answer the last time.
+        self.causes: dict[str, str] = {}
 
     @property
     def torn_bytes(self) -> int:
@@ -137,10 +149,13 @@ class _Results:
     def write(self, answered: Answered) -> None:
         (self._good if answered.failure is None else self._bad).write(answered.line)
 
-    def fill(self, left: Iterator[Line], code: str, message: str) -> None:
-        """Write that these lines did not run."""
+    def fill(
+        self, left: Iterator[Line], code: str, message: str, cause: Callable[[Line], str]
+    ) -> None:
+        """Write that these lines did not run, and what kept each from it."""
         for line in left:
-            self._bad.write(unexecuted(line.custom_id, code, message))
+            told = " ".join(filter(None, (message, cause(line))))
+            self._bad.write(unexecuted(line.custom_id, code, told))
 
     def sync(self) -> None:
         self._good.sync()
@@ -166,15 +181,11 @@ class Jobs:
     def __init__(self, gateway: Gateway, batches: Batches) -> None:
         self._gateway = gateway
         self._batches = batches
-        self._doors = Doors(gateway)
+        self._doors = Doors(gateway, retry=_RETRY)
         self._running: dict[str, _Running] = {}
         #: By batch: not before this time (monotonic) again.
         self._paused_s: dict[str, float] = {}
-        #: Requests that the workers of each model run at once, and models that were served once.
-        self._capacity: dict[str, int] = {}
-        self._known: set[str] = set()
-        self._models = Room(self._of_model)
-        self._keys = Room(self._of_key)
+        self._places = Places(gateway)
 
     # --- all of them ---
 
@@ -257,32 +268,9 @@ class Jobs:
         while True:
             if self._running:
                 with contextlib.suppress(BusError):
-                    await self._see()
-            self._keys.look()
+                    await self._places.see()
+            self._places.keys.look()
             await asyncio.sleep(_LOOK_S)
-
-    async def _see(self) -> set[str]:
-        """The models of the bus, now."""
-        models = await self._gateway.bus.models()
-        self._capacity = {model["name"]: model["capacity"] for model in models}
-        self._known |= self._capacity.keys()
-        self._models.look()
-        return set(self._capacity)
-
-    def _of_model(self, model: str) -> int:
-        most = self._gateway.config.batch_concurrency
-        capacity = self._capacity.get(model)
-        if capacity is None:
-            # One that was served is waited for.
-            return 0 if model in self._known else min(most, _UNKNOWN_AT_ONCE)
-        # Half of it again waits in the broker's queue.
-        return min(most, capacity + capacity // 2 + 1)
-
-    def _of_key(self, name: str) -> int:
-        key = None if self._gateway.keys is None else self._gateway.keys.named(name)
-        if key is None or key.concurrency is None:
-            return self._gateway.config.batch_concurrency
-        return min(key.concurrency, self._gateway.config.batch_concurrency)
 
     # --- one of them ---
 
@@ -312,7 +300,7 @@ class Jobs:
             job = await self._checked_unless(job, stop)
         if job.batch.status == "failed":
             return
-        self._known.update(job.served)
+        self._places.expect(job.served)
         results = await asyncio.to_thread(_Results, folder, job)
         try:
             answered = results.tally.completed + results.tally.failed
@@ -382,7 +370,7 @@ class Jobs:
         """The models of the bus; waits for a broker that is away."""
         while True:
             with contextlib.suppress(BusError):
-                return await self._see()
+                return await self._places.see()
             await asyncio.sleep(_WAIT_S)
 
     async def _work(self, job: Job, results: _Results, stop: asyncio.Future[Ending]) -> Ending:
@@ -392,21 +380,41 @@ class Jobs:
         path = self._batches.folder.path_of(job.batch.input_file_id)
         left = (line for line in lines(path) if not results.has(line.custom_id))
 
-        async def enter(line: Line) -> None:
+        places, id_ = self._places, job.batch.id
+        #: Lines that have room of their model and their key; those that sleep have none.
+        inside: set[str] = set()
+
+        async def come_in(line: Line) -> None:
             await self._within_budget(job)
-            await self._keys.enter(job.owner)
+            await places.enter(job.owner, self._model_of(line, job))
+            inside.add(line.custom_id)
+
+        def go_out(line: Line) -> None:
+            if line.custom_id in inside:
+                inside.remove(line.custom_id)
+                places.leave(job.owner, self._model_of(line, job))
+
+        async def enter(line: Line) -> None:
+            await places.begun.enter(id_)
             try:
-                await self._models.enter(self._model_of(line, job))
+                await come_in(line)
             except BaseException:
-                self._keys.leave(job.owner)
+                places.begun.leave(id_)
                 raise
 
         def leave(line: Line) -> None:
-            self._models.leave(self._model_of(line, job))
-            self._keys.leave(job.owner)
+            go_out(line)
+            places.begun.leave(id_)
 
         async def answer(line: Line) -> None:
-            answered = await self._answer(line, job)
+            wait_s = _WAIT_S
+            while isinstance(answered := await self._answer(line, job), GatewayError):
+                results.causes[line.custom_id] = answered.info.message
+                go_out(line)
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, _WAIT_LONGEST_S)
+                await come_in(line)
+            results.causes.pop(line.custom_id, None)
             results.write(answered)
             self._gateway.metrics.line_answered(job.batch.endpoint, answered.failure is None)
 
@@ -462,25 +470,22 @@ class Jobs:
             )
         return key
 
-    async def _answer(self, line: Line, job: Job) -> Answered:
-        """The answer of a line, or its own failure; whatever else happens, it is asked again."""
-        wait_s = _WAIT_S
+    async def _answer(self, line: Line, job: Job) -> Answered | GatewayError:
+        """The answer of a line, or its own failure; or why it is to be asked again."""
+        key = self._key(job)
+        if isinstance(key, GatewayError):
+            return refused(line, key)
         limits = Timeout(queue=_QUEUE_S)
-        while True:
-            key = self._key(job)
-            if isinstance(key, GatewayError):
-                return refused(line, key)
-            try:
-                answered = await self._doors.answer(line, key, limits, default_model=job.only)
-                failure = answered.failure
-            except Unanswered as error:
-                failure = error.told
-            else:
-                if failure is None or not self._is_for_later(failure, line, job):
-                    return answered
-            log.debug("line waits", extra={"fields": {"batch": job.batch.id, "why": failure.info}})
-            await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, _WAIT_LONGEST_S)
+        try:
+            answered = await self._doors.answer(line, key, limits, default_model=job.only)
+            failure = answered.failure
+        except Unanswered as error:
+            failure = error.told
+        else:
+            if failure is None or not self._is_for_later(failure, line, job):
+                return answered
+        log.debug("line waits", extra={"fields": {"batch": job.batch.id, "why": failure.info}})
+        return failure
 
     def _is_for_later(self, failure: GatewayError, line: Line, job: Job) -> bool:
         if failure.info.code == ErrorCode.MODEL_UNAVAILABLE:
@@ -539,8 +544,17 @@ class Jobs:
         path = self._batches.folder.path_of(job.batch.input_file_id)
         if job.ending in _UNEXECUTED and job.batch.request_counts.total:
             left = (line for line in lines(path) if not results.has(line.custom_id))
-            results.fill(left, *_UNEXECUTED[job.ending])
+            results.fill(left, *_UNEXECUTED[job.ending], partial(self._cause, job, results))
         results.sync()
+
+    def _cause(self, job: Job, results: _Results, line: Line) -> str:
+        """What kept a line waiting until the batch expired; empty if nothing is known."""
+        if job.ending != "expired":
+            return ""
+        if cause := results.causes.get(line.custom_id):
+            return f"The last cause: {cause}"
+        model = self._model_of(line, job)
+        return f"No worker serves the model {model!r} now." if self._places.away(model) else ""
 
     def _files(self, job: Job) -> list[FileObject]:
         """The files that hold anything; the others are removed."""

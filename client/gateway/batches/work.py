@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Final
@@ -20,35 +21,51 @@ __all__ = ["Room", "work_through"]
 _READ_LINES: Final = 16
 
 
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """One that waits."""
+
+    has_room: asyncio.Future[bool]
+    while_open: bool
+
+
 class Room:
     """Counts what is in flight under each name; who comes when a name is at its limit waits, first
-    come first served."""
+    come first served. A name whose limit is 0 is closed."""
 
     def __init__(self, limit: Callable[[str], int]) -> None:
         """`limit`: how many a name may have in flight now; `look` must follow when that rises."""
         self._limit = limit
         self._inside: dict[str, int] = {}
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, deque[_Turn]] = {}
+        #: Set, and replaced, by `look`.
+        self._looked = asyncio.Event()
 
     def inside(self, name: str) -> int:
         """How many are in flight."""
         return self._inside.get(name, 0)
 
-    async def enter(self, name: str) -> None:
-        """Wait for room. `leave` must follow."""
+    async def opened(self, name: str) -> None:
+        """Wait while the name is closed."""
+        while self._limit(name) < 1:
+            await self._looked.wait()
+
+    async def enter(self, name: str, *, while_open: bool = False) -> bool:
+        """Wait for room. `leave` must follow. `while_open`: return False instead if the name is
+        closed before there was room."""
         queue = self._waiting.setdefault(name, deque())
-        if not queue and self.inside(name) < self._limit(name):
-            self._inside[name] = self.inside(name) + 1
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = _Turn(asyncio.get_running_loop().create_future(), while_open)
         queue.append(turn)
+        self._admit(name)
         try:
-            await turn
+            return await turn.has_room
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.leave(name)
-            elif turn in queue:
+            has_room = turn.has_room
+            if turn in queue:
                 queue.remove(turn)
+                self._admit(name)
+            elif not has_room.cancelled() and has_room.result():
+                self.leave(name)
             raise
 
     def leave(self, name: str) -> None:
@@ -60,14 +77,21 @@ class Room:
         """Limits have changed."""
         for name in list(self._waiting):
             self._admit(name)
+        self._looked.set()
+        self._looked = asyncio.Event()
 
     def _admit(self, name: str) -> None:
-        queue = self._waiting.get(name)
-        while queue and self.inside(name) < self._limit(name):
+        queue, limit = self._waiting.get(name, deque()), self._limit(name)
+        while queue and self.inside(name) < limit:
             turn = queue.popleft()
-            if not turn.done():
+            if not turn.has_room.done():
                 self._inside[name] = self.inside(name) + 1
-                turn.set_result(None)
+                turn.has_room.set_result(True)
+        if limit < 1:
+            for turn in [turn for turn in queue if turn.while_open]:
+                queue.remove(turn)
+                if not turn.has_room.done():
+                    turn.has_room.set_result(False)
         if not queue:
             self._waiting.pop(name, None)
             if not self.inside(name):
