@@ -46,7 +46,7 @@ class _Row:
     #: How many tokens of the probe's answer are known to equal the request's.
     agreed: int = 0
 
-    def follow(self) -> None:
+    def follow(self, highest_id: int) -> None:
         """Append what was generated since the last draft, and drop drafts that were wrong."""
         answer, drafted = self.sequence.answer, self.probe.answer
         same = self.agreed
@@ -54,7 +54,7 @@ class _Row:
         while same < most and answer[same] == drafted[same]:
             same += 1
         del drafted[same:]
-        drafted += answer[same:]
+        drafted += _known(answer[same:], highest_id)
         # The last token is computed with the draft.
         kept = len(self.probe.prompt.ids) + same
         self.probe.filled = min(self.probe.filled, kept, self.probe.total - 1)
@@ -63,9 +63,14 @@ class _Row:
 
 class DraftModel:
     """Drafts for all rows of a step at once. Raises `EngineLoadError` on construction if the model
-    cannot be batched."""
+    cannot be batched.
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    Of two models with the same tokens, one may have more rows that belong to none (Qwen2.5-7B has
+    152,064 rows, the 0.5B 151,936), so each may be given ids that the other lacks.
+    """
+
+    def __init__(self, loaded: LoadedModel, target_rows: int) -> None:
+        """`target_rows`: token ids that the model has embeddings of for which it drafts."""
         verdict = check(loaded, None)
         if verdict.forward is None:
             raise EngineLoadError(
@@ -78,6 +83,8 @@ class DraftModel:
         if loaded.rope is not None:
             self._longest = min(self._longest, loaded.rope.unchanged_tokens - 1)
         self._banned = sorted(loaded.placeholder_ids)
+        self._highest_id = loaded.embedding_rows - 1
+        self._target_rows = target_rows
         #: Seconds; on an accelerator the wall clock, since drafting waits for every drawn token.
         self.clock = time.thread_time if loaded.device.type == "cpu" else time.perf_counter
         self._sampler: Sampler | None = None
@@ -102,11 +109,12 @@ class DraftModel:
             return self._drafted(tokens)
         except Exception as error:
             self._rows.clear()
-            if not is_out_of_memory(error):
-                raise
-            log.warning("too little memory for the draft model: %s", one_line(error))
-            release_cached(self.forward.device)
             self._off = True
+            if is_out_of_memory(error):
+                log.warning("too little memory for the draft model: %s", one_line(error))
+                release_cached(self.forward.device)
+            else:
+                log.exception("the draft model failed and drafts no more")
             return None
 
     def _arrange(self, sequences: list[Sequence], longest: int) -> bool:
@@ -122,7 +130,7 @@ class DraftModel:
             found = next((n for n in range(place, len(rows)) if rows[n].sequence is sequence), -1)
             if found < 0:
                 found = len(rows)
-                rows.append(_Row(sequence, _probe(sequence)))
+                rows.append(_Row(sequence, _probe(sequence, self._highest_id)))
                 self.forward.prepare(rows[found].probe)
             if found != place:
                 length = max(rows[place].probe.filled, rows[found].probe.filled)
@@ -136,7 +144,7 @@ class DraftModel:
         missing."""
         room = CATCH_UP_TOKENS
         for place, row in enumerate(self._rows):
-            row.follow()
+            row.follow(self._highest_id)
             probe = row.probe
             end = min(probe.total - 1, probe.filled + room)
             if end > probe.filled:
@@ -150,7 +158,7 @@ class DraftModel:
         drafts: list[list[int]] = [[] for _ in probes]
         started = self.clock()
         for further in range(tokens):
-            logits = self.forward.decode(probes)
+            logits = self.forward.decode(probes)[:, : self._target_rows]
             if self._sampler is None:
                 self._sampler = Sampler(
                     logits.shape[-1], banned_ids=self._banned, token_bytes=lambda token_id: b""
@@ -169,8 +177,13 @@ class DraftModel:
         return drafts
 
 
-def _probe(sequence: Sequence) -> Sequence:
-    prompt = Prompt(ids=sequence.prompt.ids, key=sequence.prompt.key)
+def _known(token_ids: list[int], highest_id: int) -> list[int]:
+    """The ids, with another in the place of those that the draft model has no embedding of."""
+    return [min(token_id, highest_id) for token_id in token_ids]
+
+
+def _probe(sequence: Sequence, highest_id: int) -> Sequence:
+    prompt = Prompt(ids=_known(sequence.prompt.ids, highest_id), key=sequence.prompt.key)
     return Sequence(**bare_fields(b"", prompt, None))
 
 

@@ -295,7 +295,7 @@ class ServedModel(BatchModel):
         model = None
         if self._draft is not None:
             check_vocabulary(loaded, self._draft)
-            model = DraftModel(self._draft)
+            model = DraftModel(self._draft, loaded.embedding_rows)
         return SlotDrafts(banned_ids=loaded.placeholder_ids, longest=longest, model=model)
 
     def _one_by_one(self, slots: int) -> GenerateRunner:
