@@ -24,7 +24,7 @@ from worker.engines.common.sampling import (
     Sampled,
     Sampler,
     SamplerRow,
-    check_token_ids,
+    check_params,
     prompt_logprobs,
     uniform,
 )
@@ -329,8 +329,27 @@ def test_ids_that_the_output_does_not_have_do_no_harm_in_a_prompt() -> None:
 )
 def test_ids_that_the_model_does_not_have_are_refused_by_name(params: Params) -> None:
     with pytest.raises(RequestError, match=r"token 10., but this model's last token is 99"):
-        check_token_ids(params, 100)
-    check_token_ids(params, 102)
+        check_params(params, 100)
+    check_params(params, 102)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "words"),
+    [
+        (Params(logit_bias=[(5, 1e38)]), Params(logit_bias=[(5, 2e38)]), "adds 2e.38 to token 5"),
+        (Params(repetition_penalty=1e-30), Params(repetition_penalty=1e-40), "penalty is 1e-40"),
+        (Params(logit_bias=[(5, -1e308)]), Params(logit_bias=[(5, 1e308)]), "to token 5"),
+    ],
+)
+def test_a_number_that_would_make_a_score_infinite_is_refused_by_name(
+    least: Params, most: Params, words: str
+) -> None:
+    check_params(least, 100)
+    logits = 50.0 * torch.ones(1, 100)
+    (outcome,) = sample(logits, [row(least)])
+    assert outcome.ok, outcome.fault
+    with pytest.raises(RequestError, match=words):
+        check_params(most, 100)
 
 
 # --- alone and in company -------------------------------------------------------------------------

@@ -20,13 +20,18 @@ if TYPE_CHECKING:
     from worker.engines.common.constrain import ConstraintState
     from worker.engines.common.thinking import ThoughtGate
 
-__all__ = ["Floats", "Ids", "SamplerRow", "check_token_ids", "uniform"]
+__all__ = ["Floats", "Ids", "SamplerRow", "check_params", "uniform"]
 
 Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 #: A temperature below this is as good as zero, and is zero in float32.
 _GREEDY_TEMPERATURE = 1e-37
+
+#: Beyond these a score in float32 becomes infinite, as if the model were broken. A bias that is as
+#: far below zero excludes its token.
+_HIGHEST_BIAS = 1e38
+_LOWEST_REPETITION_PENALTY = 1e-30
 
 
 def uniform(seed: int, position: int) -> float:
@@ -35,9 +40,9 @@ def uniform(seed: int, position: int) -> float:
     return ((int.from_bytes(digest, "little") >> 11) or 0.5) * 2.0**-53
 
 
-def check_token_ids(params: Params, vocab_size: int) -> None:
-    """Check the token ids in the parameters. Raises RequestError(INVALID_REQUEST) for one that the
-    model does not have."""
+def check_params(params: Params, vocab_size: int) -> None:
+    """Raises RequestError(INVALID_REQUEST) for the id of a token that the model does not have, and
+    for a number that no score can bear."""
     named: dict[str, Iterable[int]] = {
         "logit_bias": (token_id for token_id, _ in params.logit_bias),
         "banned_token_ids": params.banned_token_ids,
@@ -51,6 +56,19 @@ def check_token_ids(params: Params, vocab_size: int) -> None:
                 ErrorCode.INVALID_REQUEST,
                 f"{name} contains token {highest}, but this model's last token is {vocab_size - 1}",
             )
+    for token_id, bias in params.logit_bias:
+        if bias > _HIGHEST_BIAS:
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST,
+                f"logit_bias adds {bias:g} to token {token_id}, but at most {_HIGHEST_BIAS:g} can "
+                "be added",
+            )
+    if params.repetition_penalty < _LOWEST_REPETITION_PENALTY:
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST,
+            f"repetition_penalty is {params.repetition_penalty:g}, but no score can be divided by "
+            f"less than {_LOWEST_REPETITION_PENALTY:g}",
+        )
 
 
 class SamplerRow:
@@ -94,7 +112,8 @@ class SamplerRow:
         bias = dict(params.logit_bias)
         #: Tokens of `logit_bias` and the values added to their logits.
         self.bias_ids: Ids = np.fromiter(bias.keys(), np.int64, len(bias))
-        self.bias: Floats = np.fromiter(bias.values(), np.float32, len(bias))
+        least = (max(value, -_HIGHEST_BIAS) for value in bias.values())
+        self.bias: Floats = np.fromiter(least, np.float32, len(bias))
         banned = set(params.banned_token_ids)
         self._banned: Ids = np.array(sorted(banned), np.int64)
         ending = eos_ids.union(params.stop_token_ids)

@@ -31,13 +31,13 @@ from broker.protocol.errors import ErrorCode, RequestError
 from broker.protocol.limits import MAX_TOP_LOGPROBS
 from broker.protocol.messages import TokenLogprob, TopLogprob
 from worker.engines.common.constrain import mask_logits_
-from worker.engines.common.sampler_row import Ids, SamplerRow, check_token_ids, uniform
+from worker.engines.common.sampler_row import Ids, SamplerRow, check_params, uniform
 
 __all__ = [
     "Sampled",
     "Sampler",
     "SamplerRow",
-    "check_token_ids",
+    "check_params",
     "prompt_logprobs",
     "uniform",
 ]

@@ -46,7 +46,7 @@ from worker.engines.common.reasoning import (
     find_format,
 )
 from worker.engines.common.runner import Runner
-from worker.engines.common.sampling import SamplerRow, check_token_ids
+from worker.engines.common.sampling import SamplerRow, check_params
 from worker.engines.common.sequence import Sequence, SequenceGroup, ends_answer
 from worker.engines.common.template import continues_message, template_source
 from worker.engines.common.text import TextStream, places, text_length, token_table
@@ -455,7 +455,7 @@ class BatchModel:
                 f"{', '.join(self.kinds())}"
             )
         known = min(facts.vocabulary, facts.embedding_rows)
-        check_token_ids(params, known)
+        check_params(params, known)
         prompt = texts.builder.generation(job)
         prior = request.resume.token_ids if request.resume is not None else []
         if prior and max(prior) >= known:
