@@ -118,7 +118,8 @@ def test_an_unknown_option_is_refused(client: Client) -> None:
 
 
 def test_decisions_are_rerun_when_their_worker_is_killed(make_bus: Callable[..., Bus]) -> None:
-    bus = make_bus(workers=2)
+    # A stopped worker is not missed before its connection breaks, however busy the machine.
+    bus = make_bus(2, "--worker-heartbeat-s", "60")
     client = bus.client()
     right = client.decide("echo", STATE, QUESTIONS).answers
     client.hold("w2")
