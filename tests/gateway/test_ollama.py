@@ -356,6 +356,11 @@ def test_vectors(sdk: ollama.Client) -> None:
     assert list(sdk.embeddings(MODEL, "hello").embedding) == list(made.embeddings[0])
     with pytest.raises(ollama.ResponseError, match="dimensions"):
         sdk.embed(MODEL, "hello", dimensions=3)
+    assert sdk.embeddings(MODEL).embedding == []
+    for asked in (lambda: sdk.embed("nope", []), lambda: sdk.embeddings("nope")):
+        with pytest.raises(ollama.ResponseError, match="'nope' not found") as caught:
+            asked()
+        assert caught.value.status_code == 404
 
 
 def test_models(sdk: ollama.Client, http: httpx.Client) -> None:

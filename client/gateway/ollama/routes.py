@@ -167,14 +167,19 @@ async def _loaded(context: RequestContext, body: Generating, empty: dict[str, An
             "`keep_alive: 0` cannot unload a model here: models stay loaded on their workers; an "
             "operator drains a worker.",
         )
-    name = await models.name_of(context, body.model)
-    context.check(name, 0)
-    models.find(await visible_models(context), name, body.model)
+    await _served(context, body.model)
     found = {"model": body.model, "created_at": moment(time.time()), **empty}
     raw = _JSON({**found, "done": True, "done_reason": "load"})
     if body.stream is False:
         return Response(raw, media_type="application/json")
     return Response(raw + b"\n", media_type=NDJSON)
+
+
+async def _served(context: RequestContext, given: str) -> dict[str, Any]:
+    """The model of that name; raises GatewayError if there is none or the key may not use it."""
+    name = await models.name_of(context, given)
+    context.check(name, 0)
+    return models.find(await visible_models(context), name, given)
 
 
 # --- vectors --------------------------------------------------------------------------------------
@@ -191,6 +196,8 @@ async def _embed(context: RequestContext) -> Response:
     if inputs:
         made = await _vectors(context, body.model, inputs, "input", options)
         written, tokens = await written_vectors(made, as_text=False), made.usage.prompt_tokens
+    else:
+        await _served(context, body.model)
     figures = _JSON(
         {
             "model": body.model,
@@ -212,6 +219,8 @@ async def _embeddings(context: RequestContext) -> Response:
         options = {"truncate": True, "normalize": False}
         made = await _vectors(context, body.model, [body.prompt], "prompt", options)
         written = await written_vectors(made, as_text=False)
+    else:
+        await _served(context, body.model)
     return Response(b'{"embedding":%b}' % written[0], media_type="application/json")
 
 
@@ -250,10 +259,7 @@ async def _ps(context: RequestContext) -> Response:
 
 async def _show(context: RequestContext) -> Response:
     body = await context.read(ModelBody)
-    given = body.model or body.name or ""
-    name = await models.name_of(context, given)
-    context.check(name, 0)
-    model = models.find(await visible_models(context), name, given)
+    model = await _served(context, body.model or body.name or "")
     return _json(models.shown(context.gateway, model, await _takes_tools(context, model)))
 
 
