@@ -28,9 +28,8 @@ Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 #: A temperature below this is as good as zero, and is zero in float32.
 _GREEDY_TEMPERATURE = 1e-37
 
-#: Beyond these a score in float32 becomes infinite, as if the model were broken. A bias that is as
-#: far below zero excludes its token.
-_HIGHEST_BIAS = 1e38
+#: Below it a score in float32 becomes infinite, as if the model were broken. A bias cannot make it
+#: so: `Finite` bounds it.
 _LOWEST_REPETITION_PENALTY = 1e-30
 
 
@@ -42,7 +41,7 @@ def uniform(seed: int, position: int) -> float:
 
 def check_params(params: Params, vocab_size: int) -> None:
     """Raises RequestError(INVALID_REQUEST) for the id of a token that the model does not have, and
-    for a number that no score can bear."""
+    for a penalty that no score can bear."""
     named: dict[str, Iterable[int]] = {
         "logit_bias": (token_id for token_id, _ in params.logit_bias),
         "banned_token_ids": params.banned_token_ids,
@@ -55,13 +54,6 @@ def check_params(params: Params, vocab_size: int) -> None:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST,
                 f"{name} contains token {highest}, but this model's last token is {vocab_size - 1}",
-            )
-    for token_id, bias in params.logit_bias:
-        if bias > _HIGHEST_BIAS:
-            raise RequestError(
-                ErrorCode.INVALID_REQUEST,
-                f"logit_bias adds {bias:g} to token {token_id}, but at most {_HIGHEST_BIAS:g} can "
-                "be added",
             )
     if params.repetition_penalty < _LOWEST_REPETITION_PENALTY:
         raise RequestError(
@@ -112,8 +104,7 @@ class SamplerRow:
         bias = dict(params.logit_bias)
         #: Tokens of `logit_bias` and the values added to their logits.
         self.bias_ids: Ids = np.fromiter(bias.keys(), np.int64, len(bias))
-        least = (max(value, -_HIGHEST_BIAS) for value in bias.values())
-        self.bias: Floats = np.fromiter(least, np.float32, len(bias))
+        self.bias: Floats = np.fromiter(bias.values(), np.float32, len(bias))
         banned = set(params.banned_token_ids)
         self._banned: Ids = np.array(sorted(banned), np.int64)
         ending = eos_ids.union(params.stop_token_ids)
