@@ -124,6 +124,16 @@ class Usage:
         """The request that `admit` counted is over."""
         self.running -= 1
 
+    def uncount(self) -> None:
+        """As if `admit` had not counted the request."""
+        self.running -= 1
+        self.left += 1
+
+    def recount(self) -> None:
+        """The request that `uncount` took back counts after all."""
+        self.running += 1
+        self.left -= 1
+
 
 @dataclass(slots=True)
 class KeyFile:
@@ -216,8 +226,12 @@ class KeyFile:
 
 
 def _read(path: Path) -> dict[str, Key]:
+    return _parse(path, _text(path))
+
+
+def _text(path: Path) -> str:
     try:
-        return _parse(path, path.read_text("utf-8"))
+        return path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise KeyFileError(f"{path}: {error}") from None
 
@@ -331,11 +345,9 @@ def add_key(
     if models:
         lines.append(f"models = [{', '.join(_toml_string(model) for model in models)}]")
     with _changing(path, may_be_new=True):
-        old = ""
-        if path.exists():
-            if name in _read(path):
-                raise KeyFileError(f"{path} already has a key {name!r}; remove it first")
-            old = path.read_text("utf-8")
+        old = _text(path) if path.exists() else ""
+        if name in _parse(path, old):
+            raise KeyFileError(f"{path} already has a key {name!r}; remove it first")
         text = f"{old.rstrip()}\n\n{chr(10).join(lines)}\n".lstrip()
         _parse(path, text)  # what could not be read again would be no file of keys at all
         replace_file(path, text)
@@ -345,11 +357,12 @@ def add_key(
 def remove_key(path: Path, name: str) -> None:
     """Remove a key from the file; gateways using the file refuse it from the next request on."""
     with _changing(path):
-        if name not in _read(path):
+        old = _text(path)
+        if name not in _parse(path, old):
             raise KeyFileError(f"{path} has no key {name!r}")
         kept: list[str] = []
         inside = False
-        for line in path.read_text("utf-8").splitlines():
+        for line in old.splitlines():
             if line.lstrip().startswith("["):
                 inside = line.strip().split("#")[0].strip() == f"[keys.{name}]"
             if not inside:

@@ -111,8 +111,7 @@ class Peers:
             return found
         finally:
             if account is not None and (found is None or is_refusal(found)):
-                account.running += 1
-                account.left -= 1
+                account.recount()
                 context.account = account
 
     async def _search(self, context: RequestContext, body: bytes) -> Response | None:
@@ -221,8 +220,7 @@ def _uncount(context: RequestContext) -> Usage | None:
     usage that it was counted in."""
     account, context.account = context.account, None
     if account is not None:
-        account.finished()
-        account.left += 1
+        account.uncount()
     return account
 
 
