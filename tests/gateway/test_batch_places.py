@@ -199,15 +199,24 @@ async def waits_to_come_in_again(world: World) -> None:
     await world.until(lambda: world.closed.count("other") > 1)
 
 
+@pytest.fixture
+def waiting(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[World], Any]:
+    """What brings a batch to where it waits. Lines ask again soon, but where they are to wait for
+    that."""
+    bring: Callable[[World], Any] = request.param
+    if bring is not waits_to_ask_again:
+        monkeypatch.setattr(module, "_WAIT_S", 0.005)
+    return bring
+
+
 @pytest.mark.parametrize(
-    "waiting", [waits_for_its_model, waits_to_ask_again, waits_to_come_in_again]
+    "waiting", [waits_for_its_model, waits_to_ask_again, waits_to_come_in_again], indirect=True
 )
 def test_a_batch_that_waits_holds_up_no_other_of_its_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: Callable[[World], Any]
+    tmp_path: Path, waiting: Callable[[World], Any]
 ) -> None:
-    if waiting is not waits_to_ask_again:
-        monkeypatch.setattr(module, "_WAIT_S", 0.005)
-
     async def work() -> None:
         async with running(tmp_path, of_key=1) as world:
             await waiting(world)
@@ -377,13 +386,11 @@ async def waits_for_lines_that_were_begun(world: World) -> None:
         waits_to_ask_again,
         waits_to_come_in_again,
     ],
+    indirect=True,
 )
 def test_a_batch_that_is_cancelled_leaves_its_room_wherever_it_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: Callable[[World], Any]
+    tmp_path: Path, waiting: Callable[[World], Any]
 ) -> None:
-    if waiting is not waits_to_ask_again:
-        monkeypatch.setattr(module, "_WAIT_S", 0.005)
-
     async def work() -> None:
         async with running(tmp_path, of_key=1) as world:
             await waiting(world)
